@@ -1,0 +1,69 @@
+# make lab    set up a virtual environment, fetch model and data, open the course
+# make test   the same set-up, then every check there is
+#
+# TORCH=...   a requirement to install before the rest, for a torch build of your choice,
+#             for example  make lab TORCH="torch==2.13.0"
+# VENV=...    another place for the virtual environment
+PYTHON ?= python3
+TORCH ?=
+VENV ?= .venv
+LAB_OPTIONS ?=
+BIN = $(VENV)/bin
+
+.PHONY: lab test assets check unit nbval notebooks exercises bench browser format
+
+lab: $(VENV)/lab.stamp assets
+	$(BIN)/jupyter lab $(LAB_OPTIONS) notebooks/00_start_here.ipynb
+
+test: $(VENV)/test.stamp assets browser check unit nbval
+
+$(VENV)/pyvenv.cfg:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "minipeft needs Python 3.11 or newer; name one with  make PYTHON=python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/lab.stamp: pyproject.toml | $(VENV)/pyvenv.cfg
+	$(if $(TORCH),$(BIN)/python -m pip install $(TORCH))
+	$(BIN)/python -m pip install -e .
+	@touch $@
+
+$(VENV)/test.stamp: pyproject.toml | $(VENV)/pyvenv.cfg
+	$(if $(TORCH),$(BIN)/python -m pip install $(TORCH))
+	$(BIN)/python -m pip install -e ".[test]"
+	@touch $@ $(VENV)/lab.stamp
+
+assets:
+	$(BIN)/python -m minipeft.assets
+
+# In CI a Debian machine gets its Chromium here. Elsewhere the browser test uses the one that is
+# installed, or skips and says so.
+browser:
+	@if [ "$$CI" = true ] && ! command -v chromium >/dev/null && command -v apt-get >/dev/null; then \
+	  apt-get update -q && apt-get install -y -q --no-install-recommends chromium chromium-driver; fi
+
+check: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+unit: $(VENV)/test.stamp
+	$(BIN)/python -m pytest tests
+
+nbval: $(VENV)/test.stamp
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=900 \
+	  --durations=0 notebooks solutions
+
+# Run every notebook and keep its outputs; commit what comes out.
+notebooks: $(VENV)/test.stamp assets
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace \
+	  --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.coalesce_streams=True \
+	  notebooks/*.ipynb
+
+exercises: $(VENV)/test.stamp
+	$(BIN)/python tools/make_exercises.py
+
+bench: $(VENV)/test.stamp assets
+	$(BIN)/python benchmarks/step.py
+
+format: $(VENV)/test.stamp
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .

@@ -1,0 +1,156 @@
+"""The project's files agree with each other, and with the rules that the project gives itself."""
+
+import ast
+import json
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+TECHNIQUES = {"prompt_tuning", "p_tuning", "prefix_tuning", "p_tuning_v2", "adapters", "lora"}
+TECHNIQUES |= {"distillation"}
+
+
+def code_blocks(text):
+    return "\n".join(re.findall(r"```[a-z]*\n(.*?)```", text, re.S))
+
+
+def cells(path, kind):
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == kind]
+
+
+def test_ci_runs_exactly_the_readmes_test_command():
+    lines = (ROOT / ".ci/run").read_text().splitlines()
+    commands = [
+        line for line in lines if line and not line.startswith(("#", "set ", "cd ", "export"))
+    ]
+    assert commands == ["make test"]
+    assert "make test" in code_blocks(README).splitlines()
+    assert "make lab" in code_blocks(README).splitlines()
+
+
+def test_conda_pip_and_make_install_the_same_project():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert environment["name"] == PYPROJECT["project"]["name"]
+    (pip_lines,) = [d["pip"] for d in environment["dependencies"] if isinstance(d, dict)]
+    assert pip_lines == ["-e .[test]"], "conda must install what pyproject.toml lists, and no more"
+    (python,) = [d for d in environment["dependencies"] if str(d).startswith("python=")]
+    minimum = PYPROJECT["project"]["requires-python"].removeprefix(">=")
+    as_tuple = lambda version: tuple(map(int, version.split(".")))  # noqa: E731
+    assert as_tuple(python.removeprefix("python=")) >= as_tuple(minimum)
+    assert f"Python {minimum}" in README
+    assert "conda env create -f environment.yml" in code_blocks(README)
+    makefile = (ROOT / "Makefile").read_text()
+    for line in ("pip install -e .", "python -m minipeft.assets", "jupyter lab"):
+        assert line in code_blocks(README), f"the README's lines for Windows lack: {line}"
+        assert line in makefile
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    assert set(re.findall(r"-e \"?\.\[(\w+)\]", makefile + README)) <= set(extras)
+
+
+def test_every_make_target_that_the_readme_names_exists():
+    makefile = (ROOT / "Makefile").read_text()
+    named = set(re.findall(r"(?:^|`)make ([a-z]+)", README, re.M))
+    assert {"lab", "test"} <= named
+    for target in named:
+        assert re.search(rf"^{target}:", makefile, re.M), f"the README names make {target}"
+
+
+def test_every_link_of_the_readme_leads_somewhere():
+    for link in re.findall(r"\]\(([^)#\s]+)", README):
+        if "://" not in link:
+            assert (ROOT / link).exists(), f"README links to {link}, which is not there"
+
+
+def test_the_map_table_lists_each_notebook_with_its_files():
+    rows = dict(re.findall(r"^\| (\d\d) \|(.*)$", README, re.M))
+    assert sorted(rows) == [path.name[:2] for path in NOTEBOOKS]
+    for path in NOTEBOOKS:
+        row = rows[path.name[:2]]
+        assert f"notebooks/{path.name}" in row
+        solution = ROOT / "solutions" / path.name
+        assert solution.exists() == (f"exercises/{path.name}" in row)
+        assert solution.exists() == (ROOT / "exercises" / path.name).exists()
+        if solution.exists():
+            assert (ROOT / "exercises/checks" / f"{path.stem}.py").exists()
+            assert (ROOT / "tests/wrong_answers" / f"{path.stem}.py").exists()
+
+
+def imported_modules(path):
+    """Names of minipeft modules that a file of minipeft imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("minipeft"):
+            tail = node.module.removeprefix("minipeft").strip(".")
+            found |= {tail.split(".")[0]} if tail else {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.level:
+            found |= {node.module} if node.module else {alias.name for alias in node.names}
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.startswith("minipeft.")]
+            found |= {name.split(".")[1] for name in names}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "minipeft").glob("*.py")), ids=lambda p: p.stem)
+def test_imports_run_one_way(path):
+    imports = imported_modules(path)
+    if path.stem in TECHNIQUES:
+        assert imports <= {"freezing"}
+    elif path.stem != "__init__":
+        assert not imports & TECHNIQUES, f"{path.stem} must know no technique by name"
+
+
+def test_each_technique_has_a_test_file():
+    for path in (ROOT / "minipeft").glob("*.py"):
+        if path.stem != "__init__":
+            assert (ROOT / "tests" / f"test_{path.stem}.py").exists(), path.stem
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_is_committed_as_a_clean_run(path):
+    code = [cell for cell in cells(path, "code") if "".join(cell["source"]).strip()]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert any("image/png" in output.get("data", {}) for output in outputs), "no figure"
+    for output in outputs:
+        assert output["output_type"] != "error"
+        assert output.get("name") != "stderr", "".join(output["text"])[:200]
+        assert "Warning" not in "".join(output.get("text", ""))
+    text = "\n".join("".join(cell["source"]) for cell in cells(path, "markdown"))
+    assert text.startswith("# ")
+    for part in (
+        "Prerequisites",
+        "Running time",
+        "## Summary",
+        "nterview questions",
+        "## References",
+    ):
+        assert part in text, f"{path.name} has no '{part}'"
+
+
+def tracked_files():
+    git = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if git.returncode:
+        pytest.skip("this is not a git checkout, so there is no list of its files")
+    return [ROOT / line for line in git.stdout.splitlines() if (ROOT / line).is_file()]
+
+
+def test_no_pickle_no_remote_code_no_home_folder():
+    unsafe = re.compile(
+        r"import pickle|pickle\.load|torch\.load\(|trust_remote_code\s*=\s*True|torch\.save\(|"
+        + r"/home/\w+/|/ro"
+        + r"ot/|/Users/\w+/"
+    )
+    for path in tracked_files():
+        if path.suffix in {".py", ".ipynb", ".md", ".toml", ".yml", ".json"}:
+            found = unsafe.search(path.read_text(encoding="utf-8"))
+            if path != Path(__file__):
+                assert not found, f"{path.relative_to(ROOT)}: {found.group()}"
