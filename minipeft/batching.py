@@ -1,167 +1,179 @@
-"""From prompt and answer to a padded batch whose labels say what is to be learnt.
-
-`encode` makes one row, `Collator` pads rows to a batch, `Batches` goes through a data set.
-"""
+"""From prompts and answers to batches: encode, mask the labels, cut, pad, group by length."""
 
 import random
-import warnings
 
 import torch
 
-IGNORE = -100  # the label that torch's cross-entropy, and so every model of transformers, skips
+IGNORED = -100  # what torch's cross_entropy skips by default, and so what every model skips
 
 
-def encode(tokenizer, prompt, answer, max_length=None, add_eos=True):
-    """Return one training row: input_ids, labels and cut, the first two of one length.
+def _framed(tokenizer, text):
+    """The ids of a text and the special tokens that this tokenizer puts before one, such as BOS.
 
-    Prompt and answer are tokenised apart and joined, because at inference the model gets the prompt
-    alone: so the boundary falls where it will fall then. Labels are -100 on the prompt, the token
-    ids on the answer and on the end-of-sequence token. They are not shifted; the model does that.
-
-    A row longer than `max_length` loses tokens from the left of its prompt first, so that the words
-    next to the answer stay; when the prompt is down to one token, from the right of the answer,
-    never its end token. `cut` says how many tokens went: {"prompt": n, "answer": m}; cutting an
-    answer also warns.
-
-    Raises ValueError if the tokenizer has no end token, the answer is empty or white space, prompt
-    and answer leave no token to predict, or max_length is too short for prompt, answer and end.
+    What it puts behind (some tokenizers append EOS) is left out: the answer is yet to come.
     """
-    if add_eos and tokenizer.eos_token_id is None:
+    probe = tokenizer("a", add_special_tokens=False)["input_ids"]
+    framed = tokenizer("a")["input_ids"]
+    starts = range(len(framed) - len(probe) + 1)
+    before = next((i for i in starts if framed[i : i + len(probe)] == probe), 0)
+    return framed[:before], tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def encode(tokenizer, prompt, answer=None, max_length=None, add_eos=True):
+    """Turn a prompt and its answer into token ids and labels.
+
+    Both are tokenised apart and then joined. So the prompt's ids are the same with and without an
+    answer, as they must be: at inference the model sees the prompt alone. The labels are not
+    shifted, because the model does that itself. They are -100 over the whole prompt, and the
+    answer's ids after it; its last label is EOS, which is how a model learns to stop.
+
+    Longer than `max_length` tokens: first the beginning of the prompt is cut, since its end holds
+    the cue for the answer (BOS and one prompt token stay); if that is not enough, the end of the
+    answer. EOS always stays. An answer that was cut teaches the model to stop early, so look at
+    `cut`. Without an answer (inference) there are no labels and no EOS.
+
+    Returns a dict: input_ids and labels, two lists of one length, and cut, for example
+    {"prompt": 12, "answer": 0}, the number of tokens left out of each.
+    Raises ValueError for an empty answer, an empty prompt if the tokenizer adds no BOS, a
+    tokenizer without EOS, and a `max_length` that has no room for prompt, answer and EOS.
+    """
+    if not isinstance(prompt, str) or not isinstance(answer, str | None):
+        raise ValueError(f"Prompt and answer must be text; got {prompt!r:.40} and {answer!r:.40}.")
+    before, text = _framed(tokenizer, prompt)
+    if not before and not text:
         raise ValueError(
-            "The tokenizer has no eos token; set tokenizer.eos_token or add_eos=False."
+            "The prompt is empty and this tokenizer adds no BOS, so no position could predict the "
+            "first token of the answer. Give a prompt, for example tokenizer.bos_token."
         )
-    if not answer.strip():
-        raise ValueError(f"The answer to {prompt[:40]!r} is empty: there is nothing to learn.")
-    end = [tokenizer.eos_token_id] if add_eos else []
-    prompt_ids = _without_end(tokenizer, tokenizer(prompt)["input_ids"])
-    answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    if not prompt_ids:
-        # The first token of a row is never predicted, so an answer with no prompt needs a start.
-        if tokenizer.bos_token_id is None:
+    reply, end = [], []
+    if answer is not None:
+        reply = tokenizer(answer, add_special_tokens=False)["input_ids"]
+        if not reply:
             raise ValueError(
-                "The prompt is empty and the tokenizer has no bos token to stand in for it, so the "
-                "first token of the answer could not be learnt; give a prompt."
+                "The answer is empty: it would only teach the model to stop at once. Drop the "
+                "row, or give tokenizer.eos_token as the answer if that is what you want."
             )
-        prompt_ids = [tokenizer.bos_token_id]
+        if add_eos:
+            if tokenizer.eos_token_id is None:
+                raise ValueError(
+                    "This tokenizer has no EOS token, so the model could not learn to stop. "
+                    "Set tokenizer.eos_token, or pass add_eos=False."
+                )
+            end = [tokenizer.eos_token_id]
+            reply = reply[:-1] if reply[-1:] == end else reply  # the text may bring its own EOS
     cut = {"prompt": 0, "answer": 0}
     if max_length is not None:
-        if max_length < 2 + len(end):
+        least = len(before) + min(1, len(text)) + min(1, len(reply)) + len(end)
+        if isinstance(max_length, bool | float) or max_length < least:
             raise ValueError(
-                f"max_length={max_length} has no room for one token of the prompt, one of the "
-                f"answer{' and the end token' if end else ''}; take {2 + len(end)} or more."
+                f"max_length={max_length} is too short: the smallest row of this tokenizer, with "
+                f"a token each of prompt and answer and the special ones, has {least} tokens."
             )
-        excess = len(prompt_ids) + len(answer_ids) + len(end) - max_length
-        cut["prompt"] = max(0, min(excess, len(prompt_ids) - 1))
-        cut["answer"] = max(0, excess - cut["prompt"])
-        prompt_ids = prompt_ids[cut["prompt"] :]
-        answer_ids = answer_ids[: len(answer_ids) - cut["answer"]]
-        if cut["answer"]:
-            warnings.warn(
-                f"max_length={max_length} cut {cut['answer']} tokens off the answer to "
-                f"{prompt[:40]!r}: the model would learn to stop early.",
-                stacklevel=2,
-            )
-    target = answer_ids + end
-    return {
-        "input_ids": prompt_ids + target,
-        "labels": [IGNORE] * len(prompt_ids) + target,
-        "cut": cut,
-    }
-
-
-def _without_end(tokenizer, ids):
-    """Some tokenizers append their eos to all they encode; a prompt must not end in it."""
-    appended = tokenizer("")["input_ids"][-1:] == [tokenizer.eos_token_id]
-    return ids[:-1] if appended and ids[-1:] == [tokenizer.eos_token_id] else ids
+        room = max_length - len(before) - len(end)
+        cut["prompt"] = max(0, min(len(text) + len(reply) - room, len(text) - 1))
+        text = text[cut["prompt"] :]
+        cut["answer"] = max(0, len(text) + len(reply) - room)
+        reply = reply[: len(reply) - cut["answer"]]
+    prompt_ids = [*before, *text]
+    row = {"input_ids": [*prompt_ids, *reply, *end], "cut": cut}
+    if answer is not None:
+        row["labels"] = [IGNORED] * len(prompt_ids) + [*reply, *end]
+    return row
 
 
 def position_ids_from_mask(attention_mask):
-    """0, 1, 2, ... over the real tokens of each row, wherever the padding stands; 0 on padding.
+    """Number the real tokens of each row 0, 1, ... wherever the padding stands.
 
-    attention_mask: (batch, seq), 1 on real tokens. Returns int64 (batch, seq).
+    attention_mask: (batch, seq), 1 for tokens, 0 for padding. Returns int64 (batch, seq). Padding
+    gets the number of the token before it, or 0, so no position is beyond the model's table.
     """
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)  # (batch, seq)
 
 
 class Collator:
-    """Pad rows of `encode` to one length and stack them; for DataLoader, Trainer and `Batches`.
+    """Pad encoded rows to the longest of them. For `DataLoader`, HF `Trainer` and `Batches`.
 
-    Padding is known by its position, never by its id: where pad and eos are the same token, the
-    eos at the end of an answer keeps its label (claim 2).
+    Labels are padded with -100 by position. Nothing looks at the ids, so a pad token that equals
+    EOS does no harm: the real EOS keeps its label (claim 2). Keys other than input_ids and labels
+    are ignored. Values may be lists or tensors. Rows without labels give a batch without labels.
 
-    pad_token_id  what fills up input_ids. Raises ValueError if it is None.
-    padding_side  "right" or "left".
-    position_ids  also return position ids that count real tokens only. GPT-2 needs them when it is
-                  padded on the left; Bloom takes none (its ALiBi reads the mask).
-    Calling it returns int64 tensors, each (batch, seq): input_ids, attention_mask, labels unless
-    the rows have none, and position_ids if asked for.
+    Returns int64 tensors (batch, seq): input_ids, attention_mask, labels, and position_ids if
+    asked for, which a left-padded model with learned positions needs (claim 1).
+    Raises ValueError if there is no pad token, and for rows that cannot be trained on.
     """
 
     def __init__(self, pad_token_id, padding_side="right", position_ids=False):
         if pad_token_id is None:
             raise ValueError(
-                "pad_token_id is None: this tokenizer has no pad token. "
-                "Use tokenizer.eos_token_id; padding is masked by position, so the real eos stays."
+                "There is no pad token. Pass tokenizer.eos_token_id: padding is masked by "
+                "position here, so the real EOS stays a target."
             )
-        if padding_side not in ("right", "left"):
-            raise ValueError(f"padding_side={padding_side!r} is neither 'right' nor 'left'.")
+        if padding_side not in ("left", "right"):
+            raise ValueError(f"padding_side={padding_side!r} is neither 'left' nor 'right'.")
         self.pad_token_id = pad_token_id
         self.padding_side = padding_side
         self.position_ids = position_ids
 
     def __call__(self, rows):
-        rows = [{k: [int(i) for i in row[k]] for k in ("input_ids", "labels") if k in row}
-                for row in rows]  # fmt: skip
-        labelled = "labels" in rows[0]
-        for i, row in enumerate(rows):
-            if not row["input_ids"]:
-                raise ValueError(f"Row {i} of the batch is empty: it would be nothing but padding.")
-            if ("labels" in row) != labelled:
-                raise ValueError("Some rows of the batch have labels and some have none.")
-            if labelled and len(row["labels"]) != len(row["input_ids"]):
-                raise ValueError(
-                    f"Row {i} of the batch has {len(row['input_ids'])} input_ids but "
-                    f"{len(row['labels'])} labels; there must be one label for each token."
-                )
-            if labelled and all(label == IGNORE for label in row["labels"][1:]):
-                raise ValueError(
-                    f"Row {i} of the batch has no token to learn: each label after the first is "
-                    "-100 (the first is never predicted). Was the answer cut off or masked?"
-                )
-        width = max(len(row["input_ids"]) for row in rows)
-        batch = {
-            "input_ids": self._padded([row["input_ids"] for row in rows], width, self.pad_token_id),
-            "attention_mask": self._padded([[1] * len(row["input_ids"]) for row in rows], width, 0),
-        }
-        if labelled:
-            batch["labels"] = self._padded([row["labels"] for row in rows], width, IGNORE)
+        columns = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORED}
+        labelled = [row.get("labels") is not None for row in rows]
+        if not rows or any(labelled) != all(labelled):
+            raise ValueError("A batch needs rows, and labels in all of them or in none.")
+        filled = [self._checked(i, row, labelled[i]) for i, row in enumerate(rows)]
+        width = max(len(row["input_ids"]) for row in filled)
+        batch = {}
+        for name in filled[0]:
+            padded = []
+            for row in filled:
+                padding = [columns[name]] * (width - len(row[name]))
+                left = self.padding_side == "left"
+                padded.append(padding + row[name] if left else row[name] + padding)
+            batch[name] = torch.tensor(padded, dtype=torch.int64)  # (batch, seq)
         if self.position_ids:
             batch["position_ids"] = position_ids_from_mask(batch["attention_mask"])
         return batch
 
-    def _padded(self, lists, width, filler):
-        if self.padding_side == "right":
-            lists = [ids + [filler] * (width - len(ids)) for ids in lists]
-        else:
-            lists = [[filler] * (width - len(ids)) + ids for ids in lists]
-        return torch.tensor(lists)  # (batch, seq)
+    @staticmethod
+    def _checked(i, row, labelled):
+        """The row as lists, with its mask; refuses what would train wrong in silence."""
+        ids = torch.as_tensor(row["input_ids"]).tolist()
+        if not ids or 0 in torch.as_tensor(row.get("attention_mask", [1])).tolist():
+            raise ValueError(
+                f"Row {i} of the batch is empty or holds padding already. Give unpadded rows: "
+                "the collator pads them, and a row of nothing but padding has no meaning."
+            )
+        checked = {"input_ids": ids, "attention_mask": [1] * len(ids)}
+        if labelled:
+            checked["labels"] = torch.as_tensor(row["labels"]).tolist()
+            if len(checked["labels"]) != len(ids):
+                raise ValueError(
+                    f"Row {i} of the batch has {len(ids)} input_ids but "
+                    f"{len(checked['labels'])} labels; they must be of one length."
+                )
+            if set(checked["labels"][1:]) <= {IGNORED}:
+                raise ValueError(
+                    f"Row {i} of the batch has no target: every label after the first is -100, so "
+                    "a loss would be 0/0 = NaN. Was the answer empty or cut off?"
+                )
+        return checked
 
 
 class Batches:
-    """Go through `rows` in collated batches, as often as you like.
+    """Collated batches, as often as you like. The order is a pure function of (seed, epoch).
 
-    The order is a pure function of (seed, epoch): `set_epoch` is all that an exact resume needs.
-    group_by_length  sort by length inside chunks of 50 batches, so that rows of like length meet
-                     and little is padded; which rows meet, and the order of batches, stay random.
-    Raises ValueError for no rows or a batch_size below 1.
+    rows: a list or a `datasets.Dataset` of encoded rows. Each comes once per epoch; the last batch
+    may be smaller. Every pass repeats the order of its epoch until `set_epoch` names another.
+    group_by_length: shuffle, sort by length within windows of 50 batches, then shuffle the
+    batches. Rows of like length meet, so less is padded, and the order stays random. Without
+    `shuffle` the rows come in the order given, or, grouped, from the shortest to the longest.
     """
 
     def __init__(self, rows, collate, batch_size, seed=0, group_by_length=False, shuffle=True):
-        if not len(rows) or batch_size < 1:
-            raise ValueError(f"{len(rows)} rows in batches of {batch_size}: there is no batch.")
+        if isinstance(batch_size, bool | float) or batch_size < 1 or len(rows) == 0:
+            raise ValueError(f"{len(rows)} rows do not go into batches of {batch_size} rows.")
         self.rows, self.collate, self.batch_size = rows, collate, batch_size
-        self.seed, self.group_by_length, self.shuffle = seed, group_by_length, shuffle
-        self.epoch = 0
+        self.seed, self.epoch, self.shuffle = seed, 0, shuffle
+        self.lengths = [len(row["input_ids"]) for row in rows] if group_by_length else None
 
     def set_epoch(self, epoch):
         self.epoch = epoch
@@ -170,31 +182,27 @@ class Batches:
         return -(-len(self.rows) // self.batch_size)
 
     def order(self):
-        """The row numbers of each batch of this epoch, a list of lists."""
-        rng = random.Random(f"{self.seed}:{self.epoch}")
-        numbers = list(range(len(self.rows)))
+        """The row numbers of each batch of this epoch: a list of lists."""
+        size, order = self.batch_size, list(range(len(self.rows)))
+        rng = random.Random(f"{self.seed} {self.epoch}")
         if self.shuffle:
-            rng.shuffle(numbers)
-        if self.group_by_length:
-            chunk = 50 * self.batch_size
-            chunks = [numbers[i : i + chunk] for i in range(0, len(numbers), chunk)]
-            lengths = [len(row["input_ids"]) for row in self.rows]
-            numbers = [n for part in chunks for n in sorted(part, key=lengths.__getitem__)]
-        size = self.batch_size
-        batches = [numbers[i : i + size] for i in range(0, len(numbers), size)]
-        if self.group_by_length and self.shuffle:
+            rng.shuffle(order)
+        if self.lengths:
+            window = 50 * size if self.shuffle else len(order)
+            starts = range(0, len(order), window)
+            windows = [sorted(order[i : i + window], key=self.lengths.__getitem__) for i in starts]
+            order = [i for window in windows for i in window]
+        batches = [order[i : i + size] for i in range(0, len(order), size)]
+        if self.shuffle and self.lengths:
             rng.shuffle(batches)
         return batches
 
     def __iter__(self):
         for numbers in self.order():
-            yield self.collate([self.rows[n] for n in numbers])
+            yield self.collate([self.rows[i] for i in numbers])
 
 
-def padded_share(lengths_of_batches):
-    """The share of a padded batch's positions that are padding, over all batches, from 0 to 1.
-
-    lengths_of_batches: for each batch the lengths of its rows, in tokens.
-    """
-    positions = sum(max(lengths) * len(lengths) for lengths in lengths_of_batches)
-    return 1 - sum(map(sum, lengths_of_batches)) / positions
+def padding_share(batches):
+    """The share of positions, from 0 to 1, that are padding: computed, then thrown away."""
+    masks = [batch["attention_mask"] for batch in batches]
+    return 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
