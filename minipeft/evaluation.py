@@ -12,7 +12,7 @@ def _left_padded(tokenizer, prompts, device):
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     input_ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return input_ids, torch.tensor(mask, device=device)    # each (batch, seq)
+    return input_ids, torch.tensor(mask, device=device)  # each (batch, seq)
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def classify(model, tokenizer, prompts, choices=(" negative", " positive"), batc
             rows = order[start : start + batch_size]
             input_ids, mask = _left_padded(tokenizer, [prompts[i] for i in rows], device)
             kwargs = {"input_ids": input_ids, "attention_mask": mask, "use_cache": False}
-            logits = model(**kwargs, logits_to_keep=1).logits[:, -1]      # (batch, vocab)
+            logits = model(**kwargs, logits_to_keep=1).logits[:, -1]  # (batch, vocab)
             winners[rows] = logits[:, first].argmax(-1).cpu()
     finally:
         model.train(was_training)

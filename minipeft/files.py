@@ -15,13 +15,28 @@ def _flush(folder):
                 os.fsync(file.fileno())
 
 
+def _aside(folder):
+    return folder.with_name(folder.name + ".previous")
+
+
+def _discard(folder):
+    """Remove a folder; a kill in the middle must not leave half of it under its own name."""
+    hidden = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    os.rename(folder, hidden / folder.name)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
 def recover_folder(folder):
-    """Undo a swap that was cut off: if only the set-aside old folder is left, put it back."""
-    folder = Path(folder)
-    aside = folder.with_name(folder.name + ".previous")
+    """Undo a swap that was cut off: if only the set-aside old folder is left, put it back.
+
+    Call it before reading a folder that `whole_folder` writes, and not while another process is
+    writing it.
+    """
+    folder = Path(folder).absolute()
+    aside = _aside(folder)
     if aside.is_dir():
         if folder.exists():
-            shutil.rmtree(aside)      # the swap had finished; only the clean-up was missing
+            _discard(aside)  # the swap had finished; only the clean-up was missing
         else:
             os.rename(aside, folder)
 
@@ -35,9 +50,12 @@ def whole_folder(folder):
     When the process is killed, a scratch folder (its name starts with a dot) may stay behind, but
     `folder` is either the old one or the new one. A folder that was there before is set aside as
     `<folder>.previous` for the moment between two renames; `recover_folder` puts it back if the
-    process dies just then.
+    process dies just then. Two writers of one folder need a lock of their own.
+    Raises NotADirectoryError if a file has that name.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file, so no folder can be written there.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(folder)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -45,15 +63,14 @@ def whole_folder(folder):
     try:
         yield scratch
         _flush(scratch)
-        aside = folder.with_name(folder.name + ".previous")
         if folder.exists():
-            os.rename(folder, aside)
+            os.rename(folder, _aside(folder))
         os.rename(scratch, folder)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         recover_folder(folder)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    recover_folder(folder)  # removes the old folder that was set aside
 
 
 def _umask():

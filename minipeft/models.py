@@ -19,10 +19,12 @@ from transformers import (
     Qwen2Config,
 )
 
-from minipeft.assets import AssetError, _quiet, fetch_base_model
 
-GQA = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-       "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}  # fmt: skip
+# Grouped-query attention: two key-value heads serve four query heads.
+GQA = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+}  # fmt: skip
 TINY = {
     "tiny-llama": lambda **k: LlamaConfig(**GQA, tie_word_embeddings=True, **k),
     "tiny-qwen2": lambda **k: Qwen2Config(**GQA, tie_word_embeddings=False, **k),
@@ -45,7 +47,7 @@ def pick_device():
 
 
 def budget():
-    """"quick" on a CPU, "full" on an accelerator; MINIPEFT_BUDGET overrides."""
+    """ "quick" on a CPU, "full" on an accelerator; MINIPEFT_BUDGET overrides."""
     chosen = os.environ.get("MINIPEFT_BUDGET")
     if chosen and chosen not in ("quick", "full"):
         raise ValueError(f"MINIPEFT_BUDGET must be quick or full, but is {chosen!r}.")
@@ -76,17 +78,25 @@ def _tiny(name, seed):
         vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):    # the caller's random state stays as it was
+    with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)
     return model, tokenizer
 
 
 def _pretrained(source, dtype, local):
+    from minipeft.assets import _quiet  # late, so that `python -m minipeft.assets` stays silent
+
     with _quiet():
         options = {"local_files_only": local}
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+        # Never a pickle.
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            use_safetensors=True,
+            **options,
+        )
     return model, tokenizer
 
 
@@ -100,11 +110,15 @@ def load_base(name="smollm2", device=None, dtype=torch.float32, seed=0):
     A tokenizer without a pad token pads with its end token, which is harmless as long as padding
     is masked by position (claim 2). Raises AssetError in one sentence if the model cannot be had.
     """
+    from minipeft.assets import AssetError, fetch_base_model
+
     name = os.fspath(name)
     if name in TINY or name == "tiny":
         model, tokenizer = _tiny("tiny-llama" if name == "tiny" else name, seed)
     elif name == "smollm2":
         model, tokenizer = _pretrained(fetch_base_model(), dtype, local=True)
+        # An adapter saved here should name its base, not a folder of this machine.
+        model.config._name_or_path = tokenizer.name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
     else:
         model, tokenizer = _named(name, dtype)
     if tokenizer.pad_token_id is None:
@@ -116,13 +130,15 @@ def load_base(name="smollm2", device=None, dtype=torch.float32, seed=0):
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    if model.generation_config.pad_token_id is None:    # else generate prints a warning
+    if model.generation_config.pad_token_id is None:  # else generate prints a warning
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model.to(device=device or pick_device(), dtype=dtype).eval(), tokenizer
 
 
 def _named(name, dtype):
     """A model from a folder or from the hub; every failure becomes one sentence."""
+    from minipeft.assets import AssetError
+
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
