@@ -1,5 +1,6 @@
 """Judge a model by the answers it gives: label words, and how sure a percentage is."""
 
+import inspect
 import math
 
 import torch
@@ -8,6 +9,8 @@ import torch
 def _left_padded(tokenizer, prompts, device):
     """Encode prompts so that all of them end in the last column (claim 1)."""
     rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    if not all(rows):
+        raise ValueError("A prompt is empty, so there is no position that could predict anything.")
     width = max(map(len, rows))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     input_ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
@@ -23,15 +26,19 @@ def classify(model, tokenizer, prompts, choices=(" negative", " positive"), batc
     Returns an int64 tensor of shape (number of prompts,): the index of the winning choice.
     Raises ValueError if a prompt is empty or two choices begin with the same token.
     """
-    first = [tokenizer(choice, add_special_tokens=False)["input_ids"][0] for choice in choices]
+    if isinstance(prompts, str):
+        raise ValueError("classify wants a list of prompts, not one string; wrap it in [ ].")
+    words = [tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in choices]
+    if not all(words):
+        raise ValueError(f"A choice is empty: {choices}.")
+    first = [word[0] for word in words]
     if len(set(first)) < len(first):
         raise ValueError(
             f"The choices {choices} cannot be told apart by their first token: {first}. "
             "Choose words that begin differently."
         )
-    if any(not tokenizer(prompt)["input_ids"] for prompt in prompts):
-        raise ValueError("A prompt is empty, so there is no position that could predict a label.")
     device = next(model.parameters()).device
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     was_training = model.training
     model.eval()
     try:
@@ -41,8 +48,10 @@ def classify(model, tokenizer, prompts, choices=(" negative", " positive"), batc
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             input_ids, mask = _left_padded(tokenizer, [prompts[i] for i in rows], device)
-            kwargs = {"input_ids": input_ids, "attention_mask": mask, "use_cache": False}
-            logits = model(**kwargs, logits_to_keep=1).logits[:, -1]  # (batch, vocab)
+            inputs = {"input_ids": input_ids, "attention_mask": mask}
+            if takes_positions:  # GPT-2 would count the padding otherwise (claim 1)
+                inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+            logits = model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
             winners[rows] = logits[:, first].argmax(-1).cpu()
     finally:
         model.train(was_training)
@@ -54,7 +63,12 @@ def complete(model, tokenizer, prompts, max_new_tokens=20, **options):
     """Continue each prompt; greedy unless `options` (those of `generate`) say otherwise.
 
     Returns a list of strings: the new text only, without special tokens.
+    Raises ValueError if a prompt is empty.
     """
+    if isinstance(prompts, str):
+        raise ValueError("complete wants a list of prompts, not one string; wrap it in [ ].")
+    if not len(prompts):
+        return []
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()

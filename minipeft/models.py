@@ -19,7 +19,6 @@ from transformers import (
     Qwen2Config,
 )
 
-
 # Grouped-query attention: two key-value heads serve four query heads.
 GQA = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
