@@ -13,7 +13,7 @@ BIN = $(VENV)/bin
 .PHONY: lab test assets check unit nbval notebooks exercises bench browser format
 
 lab: $(VENV)/lab.stamp assets
-	$(BIN)/jupyter lab $(LAB_OPTIONS) notebooks/00_start_here.ipynb
+	$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" $(LAB_OPTIONS) notebooks/00_start_here.ipynb
 
 test: $(VENV)/test.stamp assets browser check unit nbval
 

@@ -1,0 +1,164 @@
+"""A learner's first hour: `make lab` serves, and a notebook runs all its cells in JupyterLab."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+DRIVER = shutil.which("chromedriver")
+
+
+def wait_for(condition, seconds, what):
+    """Ask until `condition()` is true; return its value, or fail and say what was waited for."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            value = condition()
+        except Exception:  # noqa: BLE001 - a page that is still loading may raise anything
+            value = None
+        if value:
+            return value
+        time.sleep(1)
+    pytest.fail(f"waited {seconds} s in vain for {what}")
+
+
+@pytest.fixture
+def lab(tmp_path):
+    """Start `make lab` on a copy of the course; yield (address of the server, folder it serves)."""
+    course = tmp_path / "course"
+    unwanted = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", "*.egg-info")
+    shutil.copytree(ROOT, course, ignore=unwanted)  # JupyterLab saves what it runs
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = [
+        "--no-browser",
+        f"--port={port}",
+        "--ServerApp.ip=127.0.0.1",
+        "--ServerApp.port_retries=0",
+        "--IdentityProvider.token=letmein",
+        "--ServerApp.allow_root=True",
+    ]
+    log = open(tmp_path / "lab.log", "w")
+    server = subprocess.Popen(
+        # The environment that runs the tests is set up already: -o tells make to leave it alone.
+        ["make", "lab", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/lab.stamp"]
+        + [f"LAB_OPTIONS={' '.join(options)}"],
+        cwd=course,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(
+            lambda: (
+                server.poll() is not None
+                or urllib.request.urlopen(f"{address}/api/status?token=letmein").status == 200
+            ),
+            180,
+            "the JupyterLab server",
+        )
+        assert server.poll() is None, (tmp_path / "lab.log").read_text()[-3000:]
+        yield address, course
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
+        server.wait(60)
+        log.close()
+
+
+@pytest.fixture
+def browser(tmp_path):
+    """A headless Chromium that asks nothing of any address but the one it is sent to."""
+    if not (CHROMIUM and DRIVER):
+        if os.environ.get("CI") == "true":
+            pytest.fail("CI must have chromium and chromedriver; `make browser` installs them")
+        pytest.skip("there is no chromium with chromedriver on this machine")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--disable-quic",
+        "--window-size=1400,1800",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ):
+        options.add_argument(flag)
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+def click(browser, text, selector):
+    """Click the first visible element of `selector` that reads `text`."""
+    from selenium.webdriver.common.by import By
+
+    def found():
+        for element in browser.find_elements(By.CSS_SELECTOR, selector):
+            if element.text.strip() == text and element.is_displayed():
+                element.click()
+                return True
+
+    wait_for(found, 60, f"'{text}' in JupyterLab")
+
+
+@pytest.mark.browser
+def test_notebook_11_runs_all_cells_in_jupyterlab(lab, browser, tmp_path):
+    address, course = lab
+    path = course / "notebooks" / "11_lora.ipynb"
+    notebook = json.loads(path.read_text())
+    for cell in notebook["cells"]:  # the outputs of the committed run must not pass for new ones
+        if cell["cell_type"] == "code":
+            cell["outputs"], cell["execution_count"] = [], None
+    path.write_text(json.dumps(notebook))
+
+    def code_cells():
+        cells = json.loads(path.read_text())["cells"]
+        return [c for c in cells if c["cell_type"] == "code" and "".join(c["source"]).strip()]
+
+    def kernel_is(state):
+        kernels = json.load(urllib.request.urlopen(f"{address}/api/kernels?token=letmein"))
+        return kernels and all(kernel["execution_state"] == state for kernel in kernels)
+
+    browser.get(f"{address}/lab/tree/notebooks/11_lora.ipynb?token=letmein")
+    wait_for(lambda: kernel_is("idle"), 120, "an idle kernel")
+    click(browser, "Run", ".lm-MenuBar-itemLabel")
+    click(browser, "Run All Cells", ".lm-Menu-itemLabel")
+    wait_for(lambda: kernel_is("busy"), 60, "the first cell to start")
+
+    def finished():
+        # A cell that fails ends the run; the kernel then stays idle as well.
+        if not all(kernel_is("idle") or time.sleep(1) for _ in range(3)):
+            return False
+        click(browser, "File", ".lm-MenuBar-itemLabel")
+        click(browser, "Save Notebook", ".lm-Menu-itemLabel")
+        time.sleep(2)
+        return any(cell["execution_count"] for cell in code_cells())
+
+    wait_for(finished, 900, "the notebook to finish")
+    browser.save_screenshot(str(tmp_path / "lab.png"))
+    outputs = [output for cell in code_cells() for output in cell["outputs"]]
+    errors = [f"{o['ename']}: {o['evalue']}" for o in outputs if o["output_type"] == "error"]
+    assert not errors, errors
+    assert all(cell["execution_count"] for cell in code_cells()), "a cell was not run"
+    assert any("image/png" in output.get("data", {}) for output in outputs)
