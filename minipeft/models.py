@@ -139,7 +139,7 @@ def _named(name, dtype):
     from minipeft.assets import AssetError
 
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         if not (folder / "config.json").is_file():
             raise AssetError(
                 f"The folder {name} holds no model: it has no config.json; give a folder that "

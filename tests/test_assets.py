@@ -1,0 +1,305 @@
+"""Every bad situation gives one sentence and never a half-done cache. No test uses the network."""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import textwrap
+import threading
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from minipeft import assets
+from minipeft.assets import AssetError
+
+YAML = """categories:
+- AI
+conversations:
+- - What is &lt;AI&gt;?
+  - No
+  - Really?
+- - What is &lt;AI&gt;?
+  - A branch of science.
+"""
+
+
+def _tar(members):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch):
+    """An empty cache, and a pip that delivers small stand-ins for the archives."""
+    rows = "\r\n".join(f"{i}\t{(-1) ** i * 2.5}\tIt''s &amp;  film {i}" for i in range(100))
+    many = "\r\n".join(f"{i // 5}_{i % 5}\t{i % 7 - 3}\tsnippet {i}" for i in range(100))
+    top = "vaderSentiment-3.3.2"
+    inner = {
+        f"hutto_ICWSM_2014/{name}": (rows if source in ("movies", "tweets") else many).encode()
+        for source, name in assets.REVIEW_FILES.items()
+    }
+    nested = f"{top}/additional_resources/hutto_ICWSM_2014.tar.gz"
+    sdist = _tar({f"{top}/LICENSE.txt": b"MIT", nested: _tar(inner), "../evil": b"no"})
+    wheel = io.BytesIO()
+    with zipfile.ZipFile(wheel, "w") as file:
+        for language in assets.LANGUAGES:
+            file.writestr(f"chatterbot_corpus/data/{language}/ai.yml", YAML)
+        file.writestr("chatterbot_corpus-1.3.3.dist-info/METADATA", "License: BSD")
+    archives = {"vaderSentiment": sdist, "chatterbot-corpus": wheel.getvalue()}
+    monkeypatch.setenv("MINIPEFT_CACHE", str(tmp_path / "cache"))
+    for name in ("REVIEWS", "DIALOGUES"):
+        asset = getattr(assets, name)
+        digest = hashlib.sha256(archives[asset.package]).hexdigest()
+        monkeypatch.setattr(assets, name, replace(asset, sha256=digest))
+    calls = []
+
+    def pip(command, **options):
+        calls.append(command)
+        asset = next(a for a in (assets.REVIEWS, assets.DIALOGUES) if a.package in command)
+        folder = Path(command[command.index("--dest") + 1])
+        (folder / asset.filename).write_bytes(archives[asset.package])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(assets.subprocess, "run", pip)
+    return calls
+
+
+def _fails(monkeypatch, stderr, code=1):
+    def pip(command, **options):
+        return subprocess.CompletedProcess(command, code, "", stderr)
+
+    monkeypatch.setattr(assets.subprocess, "run", pip)
+
+
+def _message(function, *args):
+    with pytest.raises(AssetError) as caught:
+        function(*args)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def _visible(cache):
+    return sorted(p.name for p in cache.iterdir() if p.suffix != ".lock") if cache.exists() else []
+
+
+def test_reviews_are_parsed_cleaned_and_split(mirror, tmp_path):
+    reviews = assets.load_reviews("movies")
+    assert {k: len(v) for k, v in reviews.items()} == {"train": 80, "validation": 10, "test": 10}
+    row = next(r for r in reviews["train"] if r["label"] == 1)
+    number = row["text"].split()[-1]
+    assert row["text"] == f'It"s & film {number}' and row["rating"] == 2.5
+    assert row["prompt"] == f"Review: {row['text']}\nSentiment:" and row["answer"] == " positive"
+    assert {r["answer"] for r in reviews["train"] if r["label"] == 0} == {" negative"}
+    assert not (tmp_path / "evil").exists() and not (tmp_path / "cache" / "evil").exists()
+
+
+def test_documents_never_straddle_and_filters_do_not_move_rows(mirror):
+    strict, loose = assets.load_reviews("amazon", 2.0), assets.load_reviews("amazon", 0.0)
+    document = {f"snippet {i}": i // 5 for i in range(100)}
+    seen = {}
+    for split, rows in loose.items():
+        for row in rows:
+            assert seen.setdefault(document[row["text"]], split) == split
+            assert row["rating"] != 0
+        assert set(strict[split]["text"]) <= set(rows["text"])
+        assert all(abs(rating) >= 2 for rating in strict[split]["rating"])
+    assert set(seen.values()) == {"train", "validation", "test"}
+
+
+def test_dialogues_keep_words_and_their_prompts_together(mirror):
+    rows = [row for part in assets.load_dialogues("english").values() for row in part]
+    assert {(r["prompt"], r["answer"]) for r in rows} == {
+        ("What is <AI>?", "No"), ("No", "Really?"), ("What is <AI>?", "A branch of science."),
+    }  # fmt: skip
+    homes = [
+        split
+        for split, part in assets.load_dialogues("chinese").items()
+        for row in part
+        if row["prompt"] == "What is <AI>?"
+    ]
+    assert len(homes) == 2 and len(set(homes)) == 1
+
+
+def test_unknown_names_are_refused(mirror):
+    with pytest.raises(ValueError, match="choose one of"):
+        assets.load_reviews("films")
+    with pytest.raises(ValueError, match="choose one of"):
+        assets.load_dialogues("german")
+    with pytest.raises(ValueError, match="min_rating"):
+        assets.load_reviews("movies", -1)
+    assert not mirror
+
+
+def test_a_warm_cache_is_silent_and_needs_no_pip(mirror, monkeypatch, capfd):
+    assets.load_reviews("movies")
+    assert len(mirror) == 1
+    _fails(monkeypatch, "ERROR: no network")
+    assets.load_reviews("tweets")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_cold_cache_without_network(mirror, monkeypatch, tmp_path):
+    _fails(monkeypatch, "WARNING: Retrying\nERROR: No matching distribution found for x\n")
+    message = _message(assets.load_reviews, "movies")
+    for part in ("reviews", "vaderSentiment==3.3.2", "python -m minipeft.assets", "mirror",
+                 "MINIPEFT_CACHE", "No matching distribution"):  # fmt: skip
+        assert part in message
+    assert _visible(tmp_path / "cache") == []
+
+
+def test_real_pip_without_any_index(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINIPEFT_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nothing"))
+    assert "pip could not download chatterbot-corpus==1.3.3" in _message(assets.load_dialogues)
+    assert _visible(tmp_path) == []
+
+
+def test_a_download_cut_off_or_swapped(mirror, monkeypatch, tmp_path):
+    monkeypatch.setattr(assets, "REVIEWS", replace(assets.REVIEWS, sha256="0" * 64))
+    message = _message(assets.load_reviews)
+    assert "has SHA-256" in message and "0" * 64 in message
+    assert _visible(tmp_path / "cache") == []
+
+
+def test_pip_is_missing(mirror, monkeypatch):
+    _fails(monkeypatch, "/usr/bin/python: No module named pip\n")
+    assert "ensurepip" in _message(assets.load_reviews)
+
+
+@pytest.mark.parametrize("where", ["pip", "unpacking"])
+def test_a_full_disk(mirror, monkeypatch, tmp_path, where):
+    if where == "pip":
+        _fails(monkeypatch, "ERROR: Could not install: [Errno 28] No space left on device")
+    else:
+
+        def full(*args):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(assets, "_write_rows", full)
+    assert "The disk is full" in _message(assets.load_reviews)
+    assert _visible(tmp_path / "cache") == []
+
+
+def test_a_cache_that_cannot_be_written(mirror, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MINIPEFT_CACHE", str(tmp_path / "file"))
+    assert "cannot be written" in _message(assets.load_reviews)
+    monkeypatch.setenv("MINIPEFT_CACHE", str(tmp_path / "file" / "below"))
+    assert "cannot be written" in _message(assets.load_reviews)
+
+
+@pytest.mark.parametrize("harm", ["cut", "gone", "no manifest", "half manifest", "other version"])
+def test_a_damaged_cache_is_redone(mirror, harm):
+    expected = assets.load_reviews("movies")["test"]["text"]
+    folder = assets.REVIEWS.folder
+    if harm == "cut":
+        (folder / "movies.jsonl").write_text("{")
+    elif harm == "gone":
+        (folder / "movies.jsonl").unlink()
+    elif harm == "no manifest":
+        (folder / "manifest.json").unlink()
+    elif harm == "half manifest":
+        (folder / "manifest.json").write_text('{"asset": "rev')
+    else:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["layout"] = 0
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert assets.load_reviews("movies")["test"]["text"] == expected
+    assert len(mirror) == 2
+
+
+def test_verify_finds_a_changed_byte(mirror, monkeypatch):
+    assets.load_reviews("movies")
+    path = assets.REVIEWS.folder / "movies.jsonl"
+    before = path.read_bytes()
+    path.write_bytes(b"x" + before[1:])
+    monkeypatch.setattr(assets, "_build_model", lambda archive, folder: None)
+    monkeypatch.setattr(assets, "MODEL", assets.DIALOGUES)
+    assets.load_dialogues()
+    assets.fetch_all(progress=False, verify=True)
+    assert path.read_bytes() == before
+
+
+def test_two_at_once_fetch_once(mirror):
+    results = []
+    work = [
+        threading.Thread(target=lambda: results.append(len(assets.load_reviews()["train"])))
+        for _ in range(4)
+    ]
+    for thread in work:
+        thread.start()
+    for thread in work:
+        thread.join()
+    assert results == [80] * 4 and len(mirror) == 1
+
+
+KILLED = textwrap.dedent(
+    """
+    import os, shutil, signal, sys
+    from minipeft import assets
+    step = sys.argv[1]
+    def die(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if step == "download": assets._download = die
+    if step == "convert":
+        def half(archive, folder):
+            (folder / "english.jsonl").write_text("{")
+            die()
+        assets._build_dialogues = half
+    if step == "manifest": assets._write_manifest = die
+    if step == "rename": os.rename = die
+    if step != "download": assets._download = lambda *args: sys.argv[2]
+    if step in ("manifest", "rename"):
+        assets._build_dialogues = lambda a, f: (f / "english.jsonl").write_text("{}")
+    assets.load_dialogues()
+    """
+)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL on Windows")
+@pytest.mark.parametrize("step", ["download", "convert", "manifest", "rename"])
+def test_killed_midway_then_fetched_again(mirror, step, tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED)
+    # The stand-in for pip lives in this process; Popen is what `run` was built on.
+    child = subprocess.Popen([sys.executable, tmp_path / "killed.py", step, "nothing"])
+    assert child.wait(60) == -signal.SIGKILL
+    assert not assets.DIALOGUES.folder.exists()
+    assert sum(map(len, assets.load_dialogues().values())) == 3
+    assert _visible(tmp_path / "cache") == ["dialogues-1.3.3"]  # the scratch folder went
+
+
+def test_the_command_ends_with_the_sentence(tmp_path):
+    env = {**os.environ, "MINIPEFT_CACHE": str(tmp_path), "PIP_NO_INDEX": "1",
+           "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""}  # fmt: skip
+    command = [sys.executable, "-m", "minipeft.assets"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: smollm2") and done.stderr.count("\n") == 1
+
+
+def test_the_cached_data_are_those_of_the_data_card():
+    sizes = {s: [len(p) for p in assets.load_reviews(s).values()] for s in assets.REVIEW_FILES}
+    assert sizes == {
+        "movies": [7346, 898, 927],
+        "amazon": [1978, 262, 207],
+        "editorials": [1218, 141, 171],
+        "tweets": [2085, 265, 257],
+    }
+    assert [len(part) for part in assets.load_dialogues("english").values()] == [992, 121, 115]
+    assert [len(part) for part in assets.load_dialogues("chinese").values()] == [450, 49, 51]
