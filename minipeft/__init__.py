@@ -1,7 +1,10 @@
 """minipeft: parameter-efficient fine-tuning from scratch, one short module per technique."""
 
 from minipeft.batching import Batches, Collator, encode, padding_share, position_ids_from_mask
+from minipeft.checkpoints import load_adapter, save_adapter
 from minipeft.evaluation import classify, complete, wilson_interval
+from minipeft.freezing import count_parameters, freeze, unfreeze
+from minipeft.lora import add_lora, merge_lora, unmerge_lora
 from minipeft.models import budget, load_base, pick_device
 from minipeft.training import History, evaluate, train
 
@@ -10,18 +13,26 @@ __all__ = [
     "Batches",
     "Collator",
     "History",
+    "add_lora",
     "budget",
     "classify",
     "complete",
+    "count_parameters",
     "encode",
     "evaluate",
+    "freeze",
+    "load_adapter",
     "load_base",
     "load_dialogues",
     "load_reviews",
+    "merge_lora",
     "padding_share",
     "pick_device",
     "position_ids_from_mask",
+    "save_adapter",
     "train",
+    "unfreeze",
+    "unmerge_lora",
     "wilson_interval",
 ]
 

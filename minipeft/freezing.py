@@ -53,18 +53,18 @@ def at_least_float32(dtype):
     return torch.promote_types(dtype, torch.float32)
 
 
-def modules_named(model, last_names, kinds):
-    """[(dotted name, module)] of the modules of `kinds` whose last name is in `last_names`.
+def modules_named(model, endings, kinds):
+    """[(dotted name, module)] of the modules of `kinds` whose name ends in one of `endings`.
 
-    Raises ValueError if one of `last_names` names no such module; says which there are.
+    An ending is one or more whole components: "q_proj", or "0.self_attn.q_proj". (HF peft reads
+    its target_modules the same way.) Raises ValueError if an ending fits none of them.
     """
     found = [(n, m) for n, m in model.named_modules() if isinstance(m, kinds)]
-    present = {name.rpartition(".")[2] for name, _ in found}
-    missing = [name for name in last_names if name not in present]
-    if missing or not last_names:
+    missing = [e for e in endings if not any(f".{name}".endswith(f".{e}") for name, _ in found)]
+    if missing or not endings:
+        present = sorted({name.rpartition(".")[2] for name, _ in found})
         raise ValueError(
-            f"{type(model).__name__} has no linear module named "
-            f"{' or '.join(map(repr, missing)) or '(no name was given)'}; "
-            f"it has {', '.join(sorted(present))}."
+            f"{type(model).__name__} has no linear layer named "
+            f"{' or '.join(map(repr, missing)) or 'by an empty list'}; it has {', '.join(present)}."
         )
-    return [(name, module) for name, module in found if name.rpartition(".")[2] in last_names]
+    return [(n, m) for n, m in found if any(f".{n}".endswith(f".{e}") for e in endings)]
