@@ -54,9 +54,7 @@ nbval: $(VENV)/test.stamp
 
 # Run every notebook and keep its outputs; commit what comes out.
 notebooks: $(VENV)/test.stamp assets
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace \
-	  --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.coalesce_streams=True \
-	  notebooks/*.ipynb
+	$(BIN)/python tools/run_notebooks.py
 
 exercises: $(VENV)/test.stamp
 	$(BIN)/python tools/make_exercises.py

@@ -3,10 +3,10 @@
 import math
 
 import torch
-from checks import Mistake
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from checks import Mistake
 from minipeft import load_base
 
 ARCHITECTURES = ("tiny-llama", "tiny-gpt2", "tiny-bloom", "tiny-qwen2", "tiny-gpt_neox")

@@ -1,0 +1,214 @@
+"""Solutions pass, exercises as handed out fail, each wrong answer is told what is wrong with it."""
+
+import ast
+import csv
+import importlib.util
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "exercises"))
+sys.path.insert(0, str(ROOT / "tools"))
+
+from checks import Mistake, load_checks  # noqa: E402
+from make_exercises import exercise_texts, layout, nbgrader, release, solution_names  # noqa: E402
+
+NAMES = solution_names()
+exercises = pytest.mark.parametrize("name", NAMES)
+
+
+def code_cells(folder, name):
+    notebook = nbformat.read(ROOT / folder / f"{name}.ipynb", as_version=4)
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def is_graded(cell):
+    return cell.metadata.get("nbgrader", {}).get("grade", False)
+
+
+def run(cells):
+    """Run cells one after another in one namespace, as a kernel would. Returns the namespace."""
+    space = {}
+    for cell in cells:
+        exec(compile(cell.source, "<cell>", "exec"), space)  # noqa: S102
+    return space
+
+
+def wrong_answers(name):
+    path = ROOT / "tests" / "wrong_answers" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"wrong_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.WRONG
+
+
+def test_there_are_exercises():
+    assert {"01", "02", "03", "11"} <= {name[:2] for name in NAMES}
+
+
+def test_no_exercise_has_drifted_from_its_solution():
+    for name, text in exercise_texts(NAMES).items():
+        handed_out = (ROOT / "exercises" / f"{name}.ipynb").read_text(encoding="utf-8")
+        assert handed_out == text, f"run `make exercises`: {name} is not what its solution gives"
+
+
+@exercises
+def test_the_exercise_hides_the_solution_and_the_hidden_tests(name):
+    handed_out = (ROOT / "exercises" / f"{name}.ipynb").read_text(encoding="utf-8")
+    assert "YOUR CODE HERE" in handed_out
+    assert "BEGIN SOLUTION" not in handed_out and "HIDDEN TESTS" not in handed_out
+    solved = [c for c in code_cells("solutions", name) if "### BEGIN SOLUTION" in c.source]
+    graded = [c for c in code_cells("solutions", name) if is_graded(c)]
+    assert len(solved) >= 3 and len(graded) >= 3
+    assert all("### BEGIN HIDDEN TESTS" in cell.source for cell in graded)
+    assert all(cell.metadata.nbgrader.points > 0 for cell in graded)
+    ids = [
+        c.metadata.nbgrader.grade_id
+        for c in code_cells("solutions", name)
+        if "nbgrader" in c.metadata
+    ]
+    assert len(ids) == len(set(ids))
+    assert not any(cell.outputs for cell in code_cells("exercises", name))
+
+
+@exercises
+def test_an_exercise_never_imports_what_it_asks_for(name):
+    asked, imported = set(), set()
+    for cell in code_cells("solutions", name):
+        tree = ast.parse(cell.source)
+        if "### BEGIN SOLUTION" in cell.source:
+            kinds = (ast.FunctionDef, ast.ClassDef)
+            asked |= {node.name for node in tree.body if isinstance(node, kinds)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("minipeft"):
+                imported |= {alias.name for alias in node.names}
+    assert asked and not asked & imported
+    module = {"01": "batching", "02": "batching", "03": "training", "11": "lora"}.get(name[:2])
+    source = "\n".join(cell.source for cell in code_cells("exercises", name))
+    assert module is None or f"minipeft.{module}" not in source
+
+
+@exercises
+def test_the_solution_passes_and_each_check_answers_within_seconds(name):
+    checks = load_checks(name)
+    space = {}
+    used = set()
+    for cell in code_cells("solutions", name):
+        start = time.monotonic()
+        exec(compile(cell.source, "<cell>", "exec"), space)  # noqa: S102
+        if is_graded(cell):
+            assert time.monotonic() - start < 10, "a check must answer within 10 s"
+            used |= set(re.findall(r"checks\.(\w+)\(", cell.source))
+    assert used == set(vars(checks)), "every check is used by a task, and no other is called"
+
+
+@exercises
+def test_the_exercise_as_handed_out_fails_every_check(name):
+    space = {}
+    for cell in code_cells("exercises", name):
+        try:
+            exec(compile(cell.source, "<cell>", "exec"), space)  # noqa: S102
+        except (AssertionError, NotImplementedError):
+            assert is_graded(cell) or "YOUR CODE HERE" in cell.source
+        else:
+            assert not is_graded(cell), f"passes with nothing written: {cell.source}"
+
+
+WRONG = [(name, i) for name in NAMES for i in range(len(wrong_answers(name)))]
+
+
+@pytest.fixture(scope="module")
+def solved():
+    """{exercise: (namespace of the solution, {check: the line that calls it})}, made when asked."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            cells = code_cells("solutions", name)
+            calls = {}
+            for cell in cells:
+                calls |= {k: line for line in cell.source.splitlines()
+                          for k in re.findall(r"^checks\.(\w+)\(", line)}  # fmt: skip
+            made[name] = run([cell for cell in cells if not is_graded(cell)]), calls
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name,i", WRONG, ids=[f"{name}-{i}" for name, i in WRONG])
+def test_a_wrong_answer_gets_its_own_message(name, i, solved):
+    check, source, fragment = wrong_answers(name)[i]
+    space, calls = solved(name)
+    space = dict(space)  # the other tasks are solved
+    exec(compile(source, "<answer>", "exec"), space)  # noqa: S102
+    with pytest.raises(Mistake) as caught:
+        exec(calls[check], space)  # noqa: S102
+    assert fragment in str(caught.value)
+
+
+@exercises
+def test_each_check_knows_several_mistakes(name):
+    rows = wrong_answers(name)
+    assert len(rows) >= 5
+    assert {check for check, _, _ in rows} == set(vars(load_checks(name)))
+    messages = [(check, fragment) for check, _, fragment in rows]
+    assert len(messages) == len(set(messages)), "two mistakes share one message"
+
+
+def test_a_mistake_is_shown_as_one_sentence():
+    shown = Mistake("the scaling is missing")._render_traceback_()
+    assert shown == ["Not yet right: the scaling is missing"]
+    with pytest.raises(ValueError, match="There are no checks '99_none'"):
+        load_checks("99_none")
+
+
+def test_generate_submit_autograde_export(tmp_path, monkeypatch):
+    """A whole round with nbgrader: one who solved all, one who did nothing, one with a mistake."""
+    name = "11_lora"
+    layout(tmp_path, [name])
+    handed_out = nbformat.read(release(tmp_path, name), as_version=4)
+    answers = {
+        cell.metadata.nbgrader.grade_id: re.sub(r" *### (BEGIN|END) SOLUTION\n?", "", cell.source)
+        for cell in code_cells("solutions", name)
+        if "### BEGIN SOLUTION" in cell.source
+    }
+    check, wrong, _ = wrong_answers(name)[0]
+    graded = [c for c in code_cells("solutions", name) if is_graded(c)]
+    total = sum(cell.metadata.nbgrader.points for cell in graded)
+    lost = sum(c.metadata.nbgrader.points for c in graded if f"checks.{check}(" in c.source)
+
+    def submit(student, changed):
+        notebook = nbformat.from_dict(json.loads(json.dumps(handed_out)))
+        for cell in notebook.cells:
+            grade_id = cell.metadata.get("nbgrader", {}).get("grade_id")
+            cell.source = changed.get(grade_id, cell.source)
+        folder = tmp_path / "submitted" / student / name
+        folder.mkdir(parents=True)
+        nbformat.write(notebook, folder / f"{name}.ipynb")
+
+    submit("ada", answers)
+    submit("bob", {})
+    # Cleo answers every task, and then spoils the first: a wrong definition after the right one.
+    first = next(iter(answers))
+    submit("cleo", answers | {first: f"{answers[first]}\n\n{wrong}"})
+    monkeypatch.chdir(tmp_path)
+    api = nbgrader(tmp_path)
+    for student in ("ada", "bob", "cleo"):
+        result = api.autograde(name, student, force=True, create=True)
+        assert result["success"], result["log"]
+    from nbgrader.apps import ExportApp
+
+    export = ExportApp()
+    export.initialize(["--to", "grades.csv", f"--db=sqlite:///{tmp_path / 'gradebook.db'}"])
+    export.start()
+    with open("grades.csv", newline="") as file:
+        scores = {row["student_id"]: float(row["score"]) for row in csv.DictReader(file)}
+    assert scores["ada"] == total
+    assert scores["bob"] == 0
+    assert 0 <= scores["cleo"] <= total - lost
