@@ -72,7 +72,6 @@ def decay_groups(answer):
                         f"{name}: {module_name}.weight is spared, but it is the matrix of a "
                         f"{type(module).__name__} and should decay."
                     )
-    print("decay_groups: right.")
 
 
 def linear_schedule(answer):
@@ -111,7 +110,6 @@ def linear_schedule(answer):
         down = [(total - step) / (total - warmup) for step in range(warmup, total)]
         if any(not math.isclose(a, b) for a, b in zip(factors[warmup:total], down, strict=True)):
             raise Mistake(f"{told}the decay is no straight line: {factors[warmup:]}.")
-    print("linear_schedule: right.")
 
 
 def _batches(seed=0):
@@ -202,7 +200,6 @@ def accumulated_backward(answer):
             f"The gradient is right, but the loss returned is {loss:.4f}; the mean over all "
             f"target tokens is {true_loss:.4f}."
         )
-    print("accumulated_backward: right.")
 
 
 def training_step(answer):
@@ -268,4 +265,3 @@ def training_step(answer):
         raise Mistake(f"The gradient norm is {true_norm:.4f}, but {norm:.4f} was returned.")
     if not math.isclose(loss, model(**large).loss.item(), rel_tol=1e-6):
         raise Mistake("The loss returned is not the mean over all target tokens before the step.")
-    print("training_step: right.")
