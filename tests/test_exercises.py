@@ -12,6 +12,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+import minipeft
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "exercises"))
 sys.path.insert(0, str(ROOT / "tools"))
@@ -89,9 +91,12 @@ def test_an_exercise_never_imports_what_it_asks_for(name):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("minipeft"):
                 imported |= {alias.name for alias in node.names}
     assert asked and not asked & imported
-    module = {"01": "batching", "02": "batching", "03": "training", "11": "lora"}.get(name[:2])
-    source = "\n".join(cell.source for cell in code_cells("exercises", name))
-    assert module is None or f"minipeft.{module}" not in source
+    # Nor anything else of the module that has the answer, under whatever name.
+    module = {"01": "batching", "02": "batching", "03": "training"}.get(name[:2], name[3:])
+    handed_out = "\n".join(cell.source for cell in code_cells("exercises", name))
+    assert f"minipeft.{module}" not in handed_out
+    origins = {getattr(getattr(minipeft, key, None), "__module__", "") for key in imported}
+    assert f"minipeft.{module}" not in origins
 
 
 @exercises
@@ -143,13 +148,16 @@ def solved():
 
 @pytest.mark.parametrize("name,i", WRONG, ids=[f"{name}-{i}" for name, i in WRONG])
 def test_a_wrong_answer_gets_its_own_message(name, i, solved):
-    check, source, fragment = wrong_answers(name)[i]
+    rows = wrong_answers(name)
+    check, source, fragment = rows[i]
     space, calls = solved(name)
     space = dict(space)  # the other tasks are solved
     exec(compile(source, "<answer>", "exec"), space)  # noqa: S102
     with pytest.raises(Mistake) as caught:
         exec(calls[check], space)  # noqa: S102
     assert fragment in str(caught.value)
+    for j, (other_check, _, other) in enumerate(rows):
+        assert j == i or other_check != check or other not in str(caught.value), "shared message"
 
 
 @exercises
@@ -178,7 +186,7 @@ def test_generate_submit_autograde_export(tmp_path, monkeypatch):
         for cell in code_cells("solutions", name)
         if "### BEGIN SOLUTION" in cell.source
     }
-    check, wrong, _ = wrong_answers(name)[0]
+    check, wrong, message = wrong_answers(name)[0]
     graded = [c for c in code_cells("solutions", name) if is_graded(c)]
     total = sum(cell.metadata.nbgrader.points for cell in graded)
     lost = sum(c.metadata.nbgrader.points for c in graded if f"checks.{check}(" in c.source)
@@ -202,6 +210,8 @@ def test_generate_submit_autograde_export(tmp_path, monkeypatch):
     for student in ("ada", "bob", "cleo"):
         result = api.autograde(name, student, force=True, create=True)
         assert result["success"], result["log"]
+    private = (tmp_path / ".gitignore").read_text().split()
+    assert {"gradebook.db", "submitted/", "autograded/"} <= set(private)
     from nbgrader.apps import ExportApp
 
     export = ExportApp()
@@ -211,4 +221,14 @@ def test_generate_submit_autograde_export(tmp_path, monkeypatch):
         scores = {row["student_id"]: float(row["score"]) for row in csv.DictReader(file)}
     assert scores["ada"] == total
     assert scores["bob"] == 0
-    assert 0 <= scores["cleo"] <= total - lost
+    assert scores["cleo"] == total - lost  # the other tasks stand on their own
+    # In a real kernel, a mistake is shown as its one sentence.
+    graded = nbformat.read(tmp_path / "autograded" / "cleo" / name / f"{name}.ipynb", as_version=4)
+    shown = [
+        output.traceback
+        for cell in graded.cells
+        for output in cell.get("outputs", [])
+        if output.output_type == "error"
+    ]
+    assert len(shown) == 1 and len(shown[0]) == 1
+    assert shown[0][0].startswith("Not yet right:") and message in shown[0][0]

@@ -24,12 +24,15 @@ CONFIG = """# A course made from minipeft's solutions: see exercises/README.md.
 c = get_config()
 c.CourseDirectory.course_id = "minipeft"
 """
+# What students hand in, and their grades, belong in no repository.
+PRIVATE = "gradebook.db\ngrades.csv\nsubmitted/\nautograded/\nfeedback/\n"
 
 
 def layout(course, names, solutions=ROOT / "solutions"):
     """Copy the named solutions to source/NAME/NAME.ipynb below `course`."""
     course.mkdir(parents=True, exist_ok=True)
     (course / "nbgrader_config.py").write_text(CONFIG)
+    (course / ".gitignore").write_text(PRIVATE)
     for name in names:
         folder = course / "source" / name
         folder.mkdir(parents=True)
