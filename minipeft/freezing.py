@@ -29,16 +29,18 @@ def unfreeze(model, *module_patterns):
     names = [
         name for name, module in model.named_modules() if any(True for _ in module.parameters())
     ]
+    matched = set()
     for pattern in module_patterns or ("*",):
-        matched = [name for name in names if fnmatchcase(name, pattern)]
-        if not matched:
+        fitting = {name for name in names if fnmatchcase(name, pattern)}
+        if not fitting:
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
             raise ValueError(
                 f"No module with parameters is named {pattern!r}"
                 + (f"; near it are {', '.join(near)}." if near else ".")
             )
-        for name in matched:
-            model.get_submodule(name).requires_grad_(True)
+        matched |= fitting
+    for name in matched:
+        model.get_submodule(name).requires_grad_(True)
     return model
 
 

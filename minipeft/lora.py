@@ -41,6 +41,7 @@ class LoRALinear(nn.Module):
         self.scaling = alpha / (r if scaling == "alpha/r" else math.sqrt(r))
         self.dropout = dropout
         self.merged = False
+        self.train(base.training)  # a model in eval mode stays in it
 
     def forward(self, x):
         h = self.base(x)  # (batch, seq, out)

@@ -339,6 +339,7 @@ def train(
     bar = tqdm(total=max_steps, initial=begin, file=sys.stdout, disable=not progress, unit="step")
     try:
         model.train()
+        optimizer.zero_grad(set_to_none=True)  # whatever the caller left behind
         for step in range(begin, max_steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, lr, warmup_steps, max_steps)

@@ -1,4 +1,4 @@
-"""The files of a run: what is saved comes back, what is foreign is refused, nothing is half there."""
+"""The files of a run: what is saved comes back, what is foreign is refused."""
 
 import random
 
