@@ -1,0 +1,209 @@
+"""One training step: our LoRA against HF peft's, and against the bare frozen model.
+
+    python benchmarks/step.py [--rounds 12] [--batch 4] [--seq 64]
+
+Three contenders take turns in one process, in an order that changes every round, so that a busy
+machine is busy for all of them. What counts is the ratio within a round.
+
+  minipeft   forward, backward, AdamW step of add_lora(r=8, q_proj and v_proj)
+  peft       the same with HF peft
+  bare       the frozen model's forward, and backward to its input embeddings: less is not possible,
+             since the gradient has to come down through every layer to reach A and B
+
+Peak memory counts every tensor that is alive. On a CPU it is followed operation by operation on the
+storages that the step makes (weights, gradients and optimiser state that stay are not in it); on
+CUDA it is the allocator's peak above what was there before the step.
+"""
+
+import argparse
+import csv
+import datetime
+import random
+import time
+import weakref
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
+
+from minipeft import add_lora, load_base, pick_device
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes of the storages that are made while it is on: now alive, and the most at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak, self.seen = 0, 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        before = {self._key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and self._key(tensor) not in before:
+                self._watch(tensor.untyped_storage())
+        return out
+
+    @staticmethod
+    def _key(tensor):
+        return tensor.untyped_storage()._cdata
+
+    def _watch(self, storage):
+        if storage._cdata in self.seen:
+            return
+        self.seen.add(storage._cdata)
+        self.alive += storage.nbytes()
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+
+    def _gone(self, key, size):
+        self.seen.discard(key)
+        self.alive -= size
+
+
+def tuned_step(model, batch):
+    """A function that takes one whole training step."""
+    trainables = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainables, lr=1e-4)
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        model(**batch, use_cache=False).loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def bare_step(model, batch):
+    """Forward of the frozen model, and backward to its embedded input."""
+    model.requires_grad_(False)
+    rest = {key: value for key, value in batch.items() if key != "input_ids"}
+
+    def step():
+        embedded = model.get_input_embeddings()(batch["input_ids"]).requires_grad_(True)
+        model(inputs_embeds=embedded, **rest, use_cache=False).loss.backward()
+
+    return step
+
+
+def contenders(batch, seed):
+    """{name: step} on three copies of the base model; both adapters begin with the same A and B."""
+    steps = {}
+    ours = load_base()[0]
+    torch.manual_seed(seed)
+    steps["minipeft"] = tuned_step(add_lora(ours, r=8, alpha=16).train(), batch)
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
+    theirs = peft.get_peft_model(load_base()[0], config).train()
+    matrices = dict(ours.named_parameters())
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if parameter.requires_grad:
+                name = name.removeprefix("base_model.model.").replace(".default.weight", "")
+                parameter.copy_(matrices[name])
+    steps["peft"] = tuned_step(theirs, batch)
+    steps["bare"] = bare_step(load_base()[0].train(), batch)
+    return steps
+
+
+def peak_bytes(step, device):
+    """Peak memory of one step, above what is there before and stays, in bytes."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with PeakMemory() as memory:
+        step()
+    return memory.peak
+
+
+def seconds(step, device):
+    """Wall time of one step."""
+    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type)
+    if wait:
+        wait()
+    start = time.perf_counter()
+    step()
+    if wait:
+        wait()
+    return time.perf_counter() - start
+
+
+def median(values):
+    return torch.tensor(values, dtype=torch.float64).quantile(0.5).item()
+
+
+def interval(values, rng, draws=2000):
+    """A 95 % bootstrap interval of the median."""
+    medians = sorted(median(rng.choices(values, k=len(values))) for _ in range(draws))
+    return medians[int(0.025 * draws)], medians[int(0.975 * draws)]
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Ratios of one LoRA training step.")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=4, help="rows")
+    parser.add_argument("--seq", type=int, default=64, help="tokens in a row")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    device, rng = pick_device(), random.Random(options.seed)
+    torch.manual_seed(options.seed)
+    ids = torch.randint(100, 40_000, (options.batch, options.seq), device=device)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    steps = contenders(batch, options.seed)
+    for step in steps.values():  # warm up; the optimiser makes its state here
+        step()
+    peaks = {name: peak_bytes(step, device) for name, step in steps.items()}
+    rounds = []
+    for _ in tqdm(range(options.rounds), unit="round"):
+        names = list(steps)
+        rng.shuffle(names)
+        rounds.append({name: seconds(steps[name], device) for name in names})
+    today = datetime.date.today().isoformat()
+    kind = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    print(
+        f"\n{today}, {kind}, {torch.get_num_threads()} threads, {versions}, peft {peft.__version__}"
+        f"; batch {options.batch} x {options.seq}, {options.rounds} rounds, seed {options.seed}\n"
+    )
+    print("| minipeft's LoRA against | step time (95 % interval) | peak memory of the step |")
+    print("|---|---|---|")
+    for name in ("peft", "bare"):
+        ratios = [row["minipeft"] / row[name] for row in rounds]
+        low, high = interval(ratios, rng)
+        label = {"peft": "HF peft", "bare": "the bare forward and input gradient"}[name]
+        memory = peaks["minipeft"] / peaks[name]
+        print(f"| {label} | {median(ratios):.2f} ({low:.2f} to {high:.2f}) | {memory:.3f} |")
+    folder = ROOT / "benchmarks" / "results"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"step-{device.type}.csv"
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        run = {
+            "date": today,
+            "device": kind,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "peft": peft.__version__,
+            "batch": options.batch,
+            "seq": options.seq,
+            "seed": options.seed,
+        }
+        writer.writerow([*run, "round", "contender", "seconds", "peak_bytes"])
+        for i, row in enumerate(rounds):
+            for name, value in row.items():
+                writer.writerow([*run.values(), i, name, f"{value:.4f}", peaks[name]])
+    print(f"\nraw rounds: {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
