@@ -41,6 +41,10 @@ def layout(course, names, solutions=ROOT / "solutions"):
 
 def nbgrader(course):
     """nbgrader's interface to the course in this folder."""
+    # nbgrader calls its neighbour `alembic` by name; it must be found without an active venv.
+    beside = str(Path(sys.executable).parent)
+    if beside not in os.environ["PATH"].split(os.pathsep):
+        os.environ["PATH"] = beside + os.pathsep + os.environ["PATH"]
     config = Config()
     config.CourseDirectory.root = str(course)
     config.CourseDirectory.course_id = "minipeft"
