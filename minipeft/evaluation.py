@@ -2,8 +2,10 @@
 
 import inspect
 import math
+import sys
 
 import torch
+from tqdm import tqdm
 
 
 def _left_padded(tokenizer, prompts, device):
@@ -45,7 +47,9 @@ def classify(model, tokenizer, prompts, choices=(" negative", " positive"), batc
         winners = torch.empty(len(prompts), dtype=torch.int64)
         # Rows of like length share a batch, so that little is spent on padding.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        for start in range(0, len(order), batch_size):
+        starts = range(0, len(order), batch_size)
+        # The bar shows itself only where the answer takes more than two seconds.
+        for start in tqdm(starts, file=sys.stdout, unit="batch", delay=2, leave=False):
             rows = order[start : start + batch_size]
             input_ids, mask = _left_padded(tokenizer, [prompts[i] for i in rows], device)
             inputs = {"input_ids": input_ids, "attention_mask": mask}
