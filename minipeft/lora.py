@@ -55,6 +55,15 @@ class LoRALinear(nn.Module):
         # The same sum in one call, which spares a tensor as large as h.
         return torch.addmm(h.flatten(0, -2), z.flatten(0, -2), self.lora_B.T).view(h.shape)
 
+    def on_paper(self, tape, x, out):
+        """The same forward in the operations of minipeft.tape, for `memory.estimate`."""
+        h = tape.apply(self.base, x, out, "")
+        z = tape.cast(tape.dropout(x, self.dropout), self.lora_A.dtype.itemsize)
+        z = tape.scale(tape.linear(z, self.lora_A, str(len(self.lora_A)), name="lora_A input"))
+        return tape.cast(
+            tape.add(h, tape.linear(z, self.lora_B, out, name="lora_B input")), h.width
+        )
+
     @torch.no_grad()
     def shift_weight(self, sign):
         """Add (sign=1) or subtract (sign=-1) scaling * B A to the base weight, rounding once."""
