@@ -400,10 +400,11 @@ def measure(
             have shapes but no numbers, so that 7B parameters fit a laptop. Or a model, as it is,
             on its own device: its weights are not changed.
     tracker whose peak is the total: "own" (above), or "torch" for torch's MemTracker, which finds
-            the same bytes in about four times the time. On CUDA the allocator's peak is taken.
+            the same bytes in several times the time, but cannot follow frozen parameters. On CUDA
+            the allocator's peak is taken.
     Activations are what stands between the forward and the backward pass and did not stand before,
     without the logits and what the loss keeps of them.
-    Raises ValueError for a setting that is unknown.
+    Raises ValueError for a setting that is unknown, and for torch's tracker on a frozen model.
     """
     _check(batch, seq, optimizer, precision, attention)
     if tracker not in ("own", "torch"):
@@ -445,6 +446,11 @@ def _step(model, batch, seq, optimizer, precision, checkpointing, tracker):
     update.zero_grad(set_to_none=True)
     weights = [*model.parameters(), *model.buffers()]
     states = [t for s in update.state.values() for t in s.values() if torch.is_tensor(t)]
+    if tracker == "torch" and len(params) < len(list(model.parameters())):
+        raise ValueError(
+            "torch's MemTracker puts a hook on the gradient of every parameter, which a frozen one "
+            'does not have; use tracker="own" for this model.'
+        )
     own = Tracker([*weights, *states, *inputs.values()], batch * seq * vocab, vocab)
     standing = own.held
     theirs = MemTracker() if tracker == "torch" else nullcontext()

@@ -185,11 +185,12 @@ class Tape:
             raise ValueError(f"memory.estimate has no formula for the activation {kind!r}.")
         return self.node(f"{kind} input", [x], x.shape, x.width, [x])
 
-    def attention(self, q, k, v, dropout=0.0):
+    def attention(self, q, k, v, dropout=0.0, upcast=True):
         """softmax(q k^T) v for q (b a s d), k and v (b a s d). Returns (b s h).
 
-        Eager: the scores of all pairs, (b a s s), are kept after the softmax, in float32 (and once
-        more in 16 bit under autocast), dropped and masked. Fused (Dao et al. 2022,
+        Eager: the weights of all pairs, (b a s s), are kept as they leave the softmax, in float32
+        with `upcast` or under autocast (and once more in 16 bit), and as they leave the dropout.
+        Fused (Dao et al. 2022,
         "FlashAttention", section 3): q, k, v, the output and one number a row are kept instead, and
         on the CPU the mask as numbers.
         On the CPU the fused kernel has no dropout; torch falls back to single operations.
@@ -206,7 +207,8 @@ class Tape:
             q, k, v = self.scale(self.cast(q, 4)), self.scale(self.cast(k, 4)), self.cast(v, 4)
             self.autocast = False
         scores = self.scale(self.matmul(q, k, "b a s s", "queries and keys"))
-        probs = self.node("softmax output", [self.cast(scores, 4)], "b a s s", 4, [OUTPUT])
+        scores = self.cast(scores, 4 if upcast or autocast else v.width)
+        probs = self.node("softmax output", [scores], "b a s s", scores.width, [OUTPUT])
         probs = self.dropout(self.cast(probs, v.width), dropout)
         y = self.matmul(probs, v, "b a s d", "weights and values")
         self.autocast = autocast
@@ -267,7 +269,7 @@ def gpt2(tape, model, config, checkpoint):
         checkpoint(x)
         y = tape.layer_norm(x, layer.ln_1, "norm 1")
         qkv = tape.apply(layer.attn.c_attn, y, "3 h", "c_attn")
-        y = tape.attention(*heads(tape, qkv), config.attn_pdrop)
+        y = tape.attention(*heads(tape, qkv), config.attn_pdrop, upcast=False)
         y = tape.apply(layer.attn.c_proj, y, "h", "attention c_proj")
         x = tape.add(tape.dropout(y, config.resid_pdrop), x)
         y = tape.layer_norm(x, layer.ln_2, "norm 2")

@@ -1,0 +1,255 @@
+"""memory.estimate against what torch measures, and against the arithmetic of the papers."""
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from transformers import BloomConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config
+
+from minipeft import add_lora, count_parameters, freeze, load_base, unfreeze
+from minipeft.memory import PARTS, estimate, measure, saved_bytes
+
+SMOLLM2 = LlamaConfig(
+    hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+    num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True,
+)  # fmt: skip
+QWEN = Qwen2Config(
+    hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+    num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True,
+)  # fmt: skip
+BLOOM = BloomConfig(hidden_size=1024, n_layer=24, n_head=16, vocab_size=250880)
+BLOOM_ZH = BloomConfig(hidden_size=2048, n_layer=24, n_head=16, vocab_size=46145)
+CONFIGS = {"smollm2": SMOLLM2, "gpt2": GPT2Config(), "bloom": BLOOM, "qwen2": QWEN}
+LINEARS = {
+    "smollm2": ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"],
+    "gpt2": ["c_attn", "attn.c_proj", "c_fc"],
+    "bloom": ["query_key_value", "dense", "dense_h_to_4h"],
+    "qwen2": ["q_proj", "k_proj", "v_proj", "up_proj"],
+}
+BLOCKS = {"smollm2": "model.layers", "gpt2": "transformer.h", "bloom": "transformer.h"}
+BLOCKS["qwen2"] = BLOCKS["smollm2"]
+WITHOUT_DROPOUT = GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+
+
+def assert_close(predicted, measured, margin=0.02):
+    """The total and each part; a part under 0.1 % of the total may be off by as much as that."""
+    for name in PARTS:
+        if measured.parts[name] is not None:
+            slack = max(margin * measured.parts[name], 0.001 * measured.total)
+            assert abs(predicted.parts[name] - measured.parts[name]) <= slack, (
+                name,
+                predicted.parts,
+                measured.parts,
+            )
+    assert predicted.total == pytest.approx(measured.total, rel=margin), str(predicted)
+    assert sum(predicted.at_peak.values()) == predicted.total
+
+
+@st.composite
+def steps(draw):
+    name = draw(st.sampled_from(sorted(CONFIGS)))
+    options = {
+        "batch": draw(st.integers(1, 8)),
+        "seq": draw(st.integers(64, 2048)),
+        "checkpointing": draw(st.booleans()),
+        "attention": draw(st.sampled_from(["fused", "eager"])),
+        "precision": draw(st.sampled_from(["float32", "float32", "bfloat16"])),
+        "optimizer": draw(st.sampled_from(["adamw", "sgd"])),
+    }
+    kind = draw(st.sampled_from(["full", "lora", "lora", "last blocks", "norms", "head"]))
+    if name == "gpt2":
+        options["seq"] = min(options["seq"], 1024)
+    if kind == "lora":
+        targets = draw(st.lists(st.sampled_from(LINEARS[name]), min_size=1, unique=True))
+        r, p = draw(st.integers(1, 64)), draw(st.sampled_from([0.0, 0.1]))
+        return name, options, lambda model: add_lora(model, r=r, targets=targets, dropout=p)
+    patterns = {
+        "full": None,
+        "last blocks": [f"{BLOCKS[name]}.{i}" for i in range(12 - draw(st.integers(1, 6)), 12)],
+        "norms": ["*ln_*" if name == "gpt2" else "*norm*"],
+        "head": ["lm_head"],
+    }[kind]
+    if patterns is None:
+        return name, options, None
+    return name, options, lambda model: unfreeze(freeze(model), *patterns)
+
+
+@settings(max_examples=14, deadline=None, derandomize=True)
+@given(steps())
+@example(("qwen2", {"batch": 8, "seq": 2048, "attention": "eager"}, None))
+@example(("gpt2", {"batch": 1, "seq": 64}, None))
+def test_prediction_is_within_two_percent_of_the_measurement(step):
+    name, options, method = step
+    config = CONFIGS[name]
+    assert_close(estimate(config, method, **options), measure(config, method, **options))
+
+
+def test_torchs_own_tracker_finds_the_same_peak():
+    for config, options in (
+        (GPT2Config(), {"batch": 8, "seq": 200}),  # the peak is at the loss
+        (GPT2Config(n_layer=3), {"batch": 1, "seq": 64, "optimizer": "sgd"}),  # at the embedding
+        (LlamaConfig(num_hidden_layers=3), {"batch": 1, "seq": 50}),  # at the optimiser's step
+        (BloomConfig(n_layer=3), {"batch": 8, "seq": 300, "checkpointing": True}),
+    ):
+        own, theirs = (measure(config, **options, tracker=t) for t in ("own", "torch"))
+        assert own.total == pytest.approx(theirs.total, rel=1e-6)
+    with pytest.raises(ValueError, match="MemTracker puts a hook"):
+        measure(GPT2Config(n_layer=1), lambda m: unfreeze(freeze(m), "lm_head"), tracker="torch")
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2", "tiny-bloom", "tiny-gpt_neox"])
+def test_a_real_model_keeps_what_the_saved_tensor_hooks_see(name):
+    model, _ = load_base(name, device="cpu")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    ids = torch.zeros(3, 40, dtype=torch.int64)
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids.clone(), "use_cache": False}
+    measured = measure(model, batch=3, seq=40)
+    assert not model.training and all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    model.train()
+    log_probs = 3 * 40 * model.config.vocab_size * 4
+    del inputs["use_cache"]
+    model.config.use_cache = False
+    hooks = saved_bytes(model, inputs) - log_probs
+    # The loss keeps its shifted labels (8 bytes a token) and two scalars.
+    assert abs(hooks - measured.parts["activations"]) <= 3 * 40 * 8 + 16
+    fake = measure(model.config, batch=3, seq=40)
+    assert fake.parts["activations"] == pytest.approx(measured.parts["activations"], rel=1e-3)
+    assert fake.total == pytest.approx(measured.total, rel=1e-3)
+
+
+def test_parameters_gradients_and_adam_are_the_bytes_of_the_textbook():
+    total = 134_515_008  # SmolLM2-135M, its head tied to the embeddings
+    full = estimate(SMOLLM2, batch=1, seq=64)
+    assert full.parts["parameters"] == pytest.approx(4 * total, abs=1000)  # and a few buffers
+    assert full.parts["gradients"] == 4 * total
+    assert full.parts["optimizer"] == 8 * total
+    assert full.parts["inputs"] == 3 * 64 * 8
+    lora = estimate(SMOLLM2, lambda model: add_lora(model, r=8), batch=1, seq=64)
+    trainable = 30 * 8 * (576 + 576 + 576 + 192)
+    assert lora.parts["gradients"] == 4 * trainable
+    assert lora.parts["optimizer"] == 8 * trainable
+    assert lora.parts["parameters"] == pytest.approx(4 * (total + trainable), abs=1000)
+    half = estimate(SMOLLM2, batch=1, seq=64, dtype=torch.bfloat16)
+    assert half.parts["optimizer"] == 4 * total
+    assert estimate(SMOLLM2, batch=1, seq=64, optimizer="sgd").parts["optimizer"] == 0
+    assert full.parts["logits"] == 3 * 64 * 49152 * 4
+
+
+@pytest.mark.parametrize("b, s, h, a", [(2, 128, 256, 8), (1, 1024, 768, 12)])
+def test_a_gpt_block_at_16_bit_keeps_what_korthikanti_derives(b, s, h, a):
+    """Korthikanti et al. 2022, equation 1: s b h (34 + 5 a s / h) bytes a layer. It leaves out the
+    mean and deviation of the two norms, 4 numbers a position."""
+    config = GPT2Config(n_embd=h, n_head=a, n_layer=2, activation_function="gelu")
+    block = estimate(config, batch=b, seq=s, attention="eager", dtype=torch.bfloat16, device="cuda")
+    kept = sum(size for _, _, size in block.kept)
+    # For one row the views of q, k and v keep as much as three copies do.
+    assert kept - 4 * b * s * 4 == s * b * h * 34 + 5 * a * s * s * b
+
+
+def test_one_formula_by_hand_for_a_llama_block():
+    """Frozen but for LoRA on q and v, fused attention, float32, by the rules of the derivative."""
+    b, s, h, i, a, k, d, r = 2, 96, 576, 1536, 9, 3, 64, 4
+    kept = estimate(SMOLLM2, lambda model: add_lora(model, r=r), batch=b, seq=s).kept
+    floats = (
+        h + 1 + h  # norm 1: its input, 1/rms, and the normed x that A_q and A_v read
+        + 2 * r  # A x of q and v
+        + 4 * a * d + a  # q, k and v for all heads, the output, one number a row
+        + s  # the mask as numbers
+        + h + 1  # norm 2; what it gives goes into frozen layers
+        + 3 * i  # gate, silu(gate), up
+    )  # fmt: skip
+    assert k * 3 == a
+    cos_sin = 2 * s * d * 4
+    assert sum(size for _, _, size in kept) == 4 * b * s * floats + cos_sin
+
+
+def test_freezing_the_lower_blocks_leaves_only_the_upper_ones():
+    last = lambda k: lambda m: unfreeze(freeze(m), *(f"transformer.h.{11 - i}" for i in range(k)))  # noqa: E731
+    sizes = [
+        estimate(WITHOUT_DROPOUT, last(k), batch=2, seq=64).parts["activations"]
+        for k in (1, 2, 3, 4)
+    ]
+    steps_ = [b - a for a, b in zip(sizes, sizes[1:], strict=False)]
+    assert steps_[0] == steps_[1] == steps_[2] > 0
+
+
+def test_a_model_of_more_than_a_billion_parameters_is_measured_without_being_allocated():
+    method = lambda model: add_lora(model, targets="query_key_value")  # noqa: E731
+    predicted = estimate(BLOOM_ZH, method, batch=1, seq=256)
+    measured = measure(BLOOM_ZH, method, batch=1, seq=256)
+    trainable = 24 * 8 * (2048 + 3 * 2048)
+    assert measured.parts["parameters"] == 4 * (1_303_111_680 + trainable)
+    assert_close(predicted, measured)
+
+
+def test_the_report_prints_and_plots():
+    memory = estimate(SMOLLM2, batch=2, seq=64)
+    text = str(memory)
+    assert all(name in text for name in PARTS) and "GiB" in text and memory.moment in text
+    block = memory.block()
+    assert "b a s d" not in block.splitlines()[-1] and "one block" in block
+    assert f"{sum(row[2] for row in memory.kept):,}" in block
+    ax = memory.plot(label="full", unit="MiB")
+    assert sum(bar.get_height() for bar in ax.patches) == pytest.approx(memory.total / 2**20)
+    assert ax.get_ylabel() == "memory (MiB)"
+    assert "total" in str(measure(SMOLLM2.__class__(num_hidden_layers=1, vocab_size=100)))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"batch": 0}, "batch=0 must be a whole number"),
+        ({"seq": 2.5}, "seq=2.5 must be a whole number"),
+        ({"optimizer": "lion"}, "optimizer='lion' is none of adamw"),
+        ({"precision": "fp8"}, "precision='fp8' is none of float32"),
+        ({"attention": "flash"}, "attention='flash' is none of fused"),
+        ({"method": freeze}, "Nothing is trainable"),
+    ],
+)
+def test_bad_input_is_refused_in_one_sentence(options, message):
+    for function in (estimate, measure):
+        with pytest.raises(ValueError, match=message):
+            function(SMOLLM2, **options)
+
+
+def test_what_has_no_formula_is_refused_by_name():
+    with pytest.raises(ValueError, match="no formulas for 'gpt_neox'.*memory.measure needs none"):
+        estimate(GPTNeoXConfig())
+    with pytest.raises(ValueError, match="no formula for the activation 'relu'"):
+        estimate(LlamaConfig(num_hidden_layers=1, hidden_act="relu"))
+
+    def replaced(model):
+        model.model.layers[0].self_attn.q_proj = torch.nn.Identity()
+        return model
+
+    with pytest.raises(ValueError, match="no formula for the Identity at q_proj"):
+        estimate(LlamaConfig(num_hidden_layers=1), replaced)
+    with pytest.raises(ValueError, match="tracker='theirs' is none of own, torch"):
+        measure(SMOLLM2, tracker="theirs")
+
+
+def test_nothing_is_allocated_by_a_prediction():
+    big = LlamaConfig(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
+                      num_attention_heads=64, num_key_value_heads=8)  # fmt: skip
+    memory = estimate(big, add_lora, dtype=torch.bfloat16)  # 70B: 130 GiB, if it were real
+    assert memory.parts["parameters"] > 120 * 2**30
+    with torch.device("meta"):
+        trainable, _ = count_parameters(add_lora(_meta(big)))
+    assert memory.parts["gradients"] == 4 * trainable
+
+
+def _meta(config):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the allocator's peak needs CUDA")
+def test_the_allocators_peak_on_cuda():
+    model, _ = load_base("tiny-llama", device="cuda")
+    measured = measure(model, batch=4, seq=128)
+    assert measured.total >= sum(measured.parts[name] for name in ("parameters", "optimizer"))
