@@ -84,6 +84,27 @@ def test_prediction_is_within_two_percent_of_the_measurement(step):
     assert_close(estimate(config, method, **options), measure(config, method, **options))
 
 
+@pytest.mark.parametrize(
+    "config, targets, options",
+    [
+        # k of the first block needs no gradient, so q is not kept there
+        (LlamaConfig(num_hidden_layers=1), "q_proj", {"attention": "eager"}),
+        # transformers makes the embedded tokens require a gradient, and they stay
+        (GPT2Config(n_layer=2), "c_attn", {"checkpointing": True, "seq": 400}),
+        # the two gradients of a tied table and their sum stand at once
+        (GPT2Config(n_layer=1), None, {"optimizer": "sgd", "seq": 10}),
+        (GPT2Config(n_layer=2), "c_attn", {"dtype": torch.bfloat16}),
+        (BloomConfig(n_layer=2), "dense", {"dtype": torch.bfloat16, "checkpointing": True}),
+        (LlamaConfig(num_hidden_layers=2), "o_proj", {"precision": "bfloat16", "batch": 1}),
+    ],
+)
+def test_details_that_are_small_in_a_large_model(config, targets, options):
+    method = None if targets is None else lambda model: add_lora(model, targets=targets)
+    options = {"batch": 2, "seq": 128} | options
+    predicted, measured = (f(config, method, **options) for f in (estimate, measure))
+    assert_close(predicted, measured, margin=0.001)
+
+
 def test_torchs_own_tracker_finds_the_same_peak():
     for config, options in (
         (GPT2Config(), {"batch": 8, "seq": 200}),  # the peak is at the loss
