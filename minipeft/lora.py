@@ -137,7 +137,7 @@ def merge_lora(model):
 
     Exact up to one rounding of the weight, so lossy on a half-precision base. A merged model cannot
     be trained: its A and B no longer require grad until `unmerge_lora`.
-    Raises ValueError if there is no LoRA, or it is merged already.
+    Raises ValueError if there is no LoRA, it is merged already, or the base is quantised.
     """
     return _shift(model, merge=True)
 
@@ -156,6 +156,11 @@ def _shift(model, merge):
         raise ValueError("This model has no LoRA; call add_lora or load_adapter first.")
     if any(layer.merged == merge for layer in layers):
         raise ValueError(f"LoRA is {'already merged' if merge else 'not merged'} on this model.")
+    if any("weight" not in dict(layer.base.named_parameters()) for layer in layers):
+        raise ValueError(
+            "This base is quantised: the sum would have to be rounded to 4 bits again. Load the "
+            "adapter on the unquantised base and merge there."
+        )
     for layer in layers:
         layer.shift_weight(1 if merge else -1)
         layer.merged = merge

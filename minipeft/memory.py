@@ -140,19 +140,26 @@ def estimate(
     trainables = [p for p in model.parameters() if p.requires_grad]
     count = sum(p.numel() for p in trainables)
     largest = max(p.numel() for p in trainables)
-    # AdamW keeps two moments, of the type of the parameter.
-    moments_of = {"adamw": 2 * sum(p.nbytes for p in trainables), "sgd": 0, "adamw8bit": 0}
+    # AdamW keeps two moments, of the type of the parameter. In 8 bits: whole blocks of 256, a
+    # float32 for each, but float32 below 4,096 elements (quantization.py).
+    small = lambda n: 2 * -(-n // 256) * (256 + 4) if n >= 4096 else 8 * n  # noqa: E731
+    state = {
+        "adamw": sum(2 * p.nbytes for p in trainables),
+        "adamw8bit": sum(small(p.numel()) for p in trainables),
+        "sgd": 0,
+    }
     fixed = {
         "parameters": _storages([*model.parameters(), *model.buffers()]),
-        "optimizer": moments_of[optimizer],
+        "optimizer": state[optimizer],
         # Token ids, mask and labels, in int64.
         "inputs": 3 * 8 * batch * seq,
     }
     largest_parts, moments = _backward(tape, starts, checkpointing)
-    # One parameter at a time: sqrt(v) and its quotient. On CUDA torch does all at once.
-    work = 4 * count if device == "cuda" else 2 * 4 * largest
+    # One parameter at a time: sqrt(v) and its quotient; on CUDA torch does all at once. In 8 bits:
+    # both moments in float32, and 10 bytes an element to quantise the second.
+    work = {"adamw": 4 * count if device == "cuda" else 8 * largest, "adamw8bit": 18 * largest}
     moments["optimizer step"] = Counter(
-        gradients=largest_parts["gradients"], temporaries=work if optimizer != "sgd" else 0
+        gradients=largest_parts["gradients"], temporaries=work.get(optimizer, 0)
     )
     moment = max(moments, key=lambda name: moments[name].total())
     at_peak = Counter(fixed) + moments[moment]

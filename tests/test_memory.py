@@ -8,6 +8,7 @@ from transformers import BloomConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, Qw
 
 from minipeft import add_lora, count_parameters, freeze, load_base, unfreeze
 from minipeft.memory import PARTS, estimate, measure, saved_bytes
+from minipeft.quantization import quantize_base
 
 SMOLLM2 = LlamaConfig(
     hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
@@ -94,6 +95,9 @@ def test_prediction_is_within_two_percent_of_the_measurement(step):
         # the two gradients of a tied table and their sum stand at once
         (GPT2Config(n_layer=1), None, {"optimizer": "sgd", "seq": 10}),
         (GPT2Config(n_layer=2), "c_attn", {"dtype": torch.bfloat16}),
+        # the peak falls on the optimiser's step
+        (LlamaConfig(num_hidden_layers=2), None, {"seq": 8, "batch": 1}),
+        (GPT2Config(n_layer=2), None, {"seq": 8, "optimizer": "adamw8bit"}),
         (BloomConfig(n_layer=2), "dense", {"dtype": torch.bfloat16, "checkpointing": True}),
         (LlamaConfig(num_hidden_layers=2), "o_proj", {"precision": "bfloat16", "batch": 1}),
     ],
@@ -103,6 +107,15 @@ def test_details_that_are_small_in_a_large_model(config, targets, options):
     options = {"batch": 2, "seq": 128} | options
     predicted, measured = (f(config, method, **options) for f in (estimate, measure))
     assert_close(predicted, measured, margin=0.001)
+
+
+def test_lora_on_four_bit_weights_is_predicted_too():
+    method = lambda model: add_lora(quantize_base(model), targets="c_attn")  # noqa: E731
+    for options in ({"batch": 2, "seq": 128}, {"precision": "bfloat16"}, {"checkpointing": True}):
+        predicted, measured = (f(GPT2Config(), method, **options) for f in (estimate, measure))
+        assert_close(predicted, measured, margin=0.001)
+    blocks, rest = 12 * 12 * 768**2, (50257 + 1024) * 768 * 4  # linear weights of GPT-2; embeddings
+    assert measured.parts["parameters"] == pytest.approx(rest + blocks * 4.127 / 8, rel=0.02)
 
 
 def test_torchs_own_tracker_finds_the_same_peak():
