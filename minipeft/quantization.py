@@ -185,7 +185,7 @@ class AdamW8bit(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict):
-        """As torch's, which turns all state into the type of the parameter: codes are bytes again."""
+        """As torch's, which casts all state to the type of the parameter; codes are bytes again."""
         super().load_state_dict(state_dict)
         for state in self.state.values():
             for name in ("m", "v"):
