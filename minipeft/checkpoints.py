@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import minipeft
+from minipeft.distributed import leads, wait, whole
 from minipeft.files import recover_folder, whole_folder
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -40,13 +41,15 @@ def save_adapter(model, folder):
     config, state = technique.to_peft(model)
     base = getattr(model.config, "_name_or_path", "") or None
     config = {"peft_type": technique.PEFT_TYPE, "base_model_name_or_path": base} | config
-    state = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in state.items()}
-    with whole_folder(folder) as scratch:
-        for path in others:
-            copy = shutil.copytree if path.is_dir() else shutil.copy2
-            copy(path, scratch / path.name)
-        save_file(state, scratch / TENSORS, metadata={"format": "pt"})
-        (scratch / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    state = {k: whole(t).detach().to("cpu", copy=True).contiguous() for k, t in state.items()}
+    if leads():  # of several ranks, which all put the tensors together
+        with whole_folder(folder) as scratch:
+            for path in others:
+                copy = shutil.copytree if path.is_dir() else shutil.copy2
+                copy(path, scratch / path.name)
+            save_file(state, scratch / TENSORS, metadata={"format": "pt"})
+            (scratch / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    wait()
     return folder
 
 

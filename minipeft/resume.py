@@ -19,6 +19,7 @@ import numpy
 import torch
 from safetensors.torch import load_file, save_file
 
+from minipeft.distributed import leads, part_of, wait, whole
 from minipeft.files import whole_folder
 
 
@@ -29,14 +30,16 @@ def trainables(model):
 
 def copy_of(tensors):
     """The same tensors on the CPU, sharing no memory with the model."""
-    return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+    return {
+        name: whole(t).detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()
+    }
 
 
 @torch.no_grad()
 def put_back(tensors, targets):
     """Copy each saved tensor into the parameter or buffer of the same name."""
     for name, tensor in tensors.items():
-        targets[name].copy_(tensor)
+        targets[name].copy_(part_of(tensor, targets[name]))
 
 
 def fingerprint(model):
@@ -45,7 +48,7 @@ def fingerprint(model):
     for name, p in model.named_parameters():
         crc = zlib.crc32(f"{name} {tuple(p.shape)} {p.dtype} {p.requires_grad}".encode(), crc)
         if not p.requires_grad:
-            start = p.detach().flatten()[:64].cpu()  # enough to tell two bases apart
+            start = whole(p).detach().flatten()[:64].cpu()  # enough to tell two bases apart
             crc = zlib.crc32(start.view(torch.uint8).numpy().tobytes(), crc)
     return crc
 
@@ -131,13 +134,16 @@ def save_checkpoint(root, step, model, optimizer, state, best=None):
         for p, values in optimizer.state.items()
         for key, tensor in values.items()
     }
-    with whole_folder(folder) as scratch:
-        save_file(copy_of(_model_tensors(model)), scratch / "model.safetensors")
-        save_file(copy_of(moments), scratch / "optimizer.safetensors")
-        if best is not None:
-            save_file(best, scratch / "best.safetensors")
-        (scratch / "state.json").write_text(json.dumps(state))
-    discard_all_but(folder, root)
+    tensors, moments = copy_of(_model_tensors(model)), copy_of(moments)  # on every rank
+    if leads():
+        with whole_folder(folder) as scratch:
+            save_file(tensors, scratch / "model.safetensors")
+            save_file(moments, scratch / "optimizer.safetensors")
+            if best is not None:
+                save_file(best, scratch / "best.safetensors")
+            (scratch / "state.json").write_text(json.dumps(state))
+        discard_all_but(folder, root)
+    wait()
 
 
 def read_state(folder):
@@ -151,7 +157,7 @@ def load_tensors(folder, model, optimizer):
     params = trainables(model)
     for name, tensor in load_file(folder / "optimizer.safetensors").items():
         key, name = name.split(".", 1)
-        device = "cpu" if key == "step" else params[name].device
-        optimizer.state[params[name]][key] = tensor.to(device)
+        place = tensor if key == "step" else part_of(tensor, params[name])
+        optimizer.state[params[name]][key] = place
     best = folder / "best.safetensors"
     return load_file(best) if best.exists() else copy_of(params)

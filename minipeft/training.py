@@ -14,6 +14,16 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from minipeft.distributed import (
+    leads,
+    lost_a_rank,
+    my_rows,
+    ranks,
+    sum_gradients,
+    total,
+    wait,
+    whole,
+)
 from minipeft.resume import (
     copy_of,
     discard_all_but,
@@ -87,6 +97,8 @@ def loss_sum(model, batch):
     device = next(model.parameters()).device
     batch = {name: value.to(device) for name, value in batch.items()}
     labels = batch.pop("labels")[:, 1:]  # (batch, seq - 1)
+    if not (labels != -100).any():  # other ranks have the targets; this one adds nothing
+        return model(**batch, use_cache=False, logits_to_keep=1).logits.sum() * 0.0
     first = int((labels != -100).any(0).nonzero()[0])
     keep = labels.shape[1] - first + 1
     logits = model(**batch, use_cache=False, logits_to_keep=keep).logits[:, -keep:-1]
@@ -119,15 +131,15 @@ def evaluate(model, batches):
     was_training = model.training
     model.eval()
     try:
-        total, targets = 0.0, 0
+        loss, targets = 0.0, 0
         for batch in _checked(batches):
-            total += loss_sum(model, batch).item()
+            loss += total(loss_sum(model, my_rows(batch)).item())
             targets += count_targets(batch)
     finally:
         model.train(was_training)
     if not targets:
         raise ValueError("There is no batch to evaluate on.")
-    return total / targets
+    return loss / targets
 
 
 def decay_groups(model, weight_decay):
@@ -212,6 +224,8 @@ def _refuse_bad_input(model, batches, device, precision, whole_numbers):
         raise ValueError("warmup_steps is larger than max_steps: the rate would never reach lr.")
     if precision not in AUTOCAST:
         raise ValueError(f"precision={precision!r} is none of {', '.join(AUTOCAST)}.")
+    if precision == "float16" and ranks() > 1:
+        raise ValueError("Loss scaling is not tried on several ranks; take bfloat16 or float32.")
     if precision == "float16" and device.type not in ("cpu", "cuda"):
         raise ValueError(f"Loss scaling is not tried on {device.type}; take bfloat16 or float32.")
     if iter(batches) is batches:
@@ -237,7 +251,10 @@ def _resume_folder(checkpoint_dir, resume, settings):
     """The checkpoint to go on from, or None. Refuses one that another call made."""
     folder = newest(checkpoint_dir)
     if not resume:
-        discard_all_but(None, checkpoint_dir)
+        wait()
+        if leads():
+            discard_all_but(None, checkpoint_dir)
+        wait()
         return None
     if folder:
         saved = read_state(folder)["settings"]
@@ -287,8 +304,11 @@ def train(
     of the run) and at the end. The same call, with the model built as before, goes on from it.
     seed: for Python, NumPy and torch, set at the start.
 
+    Under torchrun the same call trains on all ranks (distributed.py): `batches` are the same on
+    each, which takes its rows; rank 0 writes the checkpoints.
+
     Raises ValueError for input that cannot train, FloatingPointError when loss or gradients are
-    no longer finite.
+    no longer finite, ConnectionError when another rank is lost.
     """
     device = next(model.parameters()).device
     whole_numbers = {
@@ -336,7 +356,13 @@ def train(
     checkpointing_before = any(getattr(m, "gradient_checkpointing", 0) for m in model.modules())
     if gradient_checkpointing and not checkpointing_before:
         _checkpointing(model, True)
-    bar = tqdm(total=max_steps, initial=begin, file=sys.stdout, disable=not progress, unit="step")
+    bar = tqdm(
+        total=max_steps,
+        initial=begin,
+        file=sys.stdout,
+        disable=not (progress and leads()),
+        unit="step",
+    )
     try:
         model.train()
         optimizer.zero_grad(set_to_none=True)  # whatever the caller left behind
@@ -348,12 +374,14 @@ def train(
             loss = 0.0
             for batch in parts:
                 with torch.autocast(device.type, **half):
-                    part = loss_sum(model, batch) / targets
+                    part = loss_sum(model, my_rows(batch)) / targets
                 scaler.scale(part).backward()
                 loss += part.item()
+            loss = total(loss)
+            sum_gradients(params)
             scaler.unscale_(optimizer)
             limit = math.inf if max_grad_norm is None else max_grad_norm
-            norm = torch.nn.utils.clip_grad_norm_(params, limit).item()
+            norm = whole(torch.nn.utils.clip_grad_norm_(params, limit)).item()
             skipped = scaler.is_enabled() and not math.isfinite(norm) and scaler.get_scale() > 1
             if not math.isfinite(loss) or not (math.isfinite(norm) or skipped):
                 raise FloatingPointError(
@@ -392,6 +420,13 @@ def train(
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         if history.best_step not in (None, max_steps):
             put_back(best, trainables(model))
+    except RuntimeError as error:
+        if lost_a_rank(error):
+            raise ConnectionError(
+                "Another rank ended or does not answer, so this one cannot go on. Start the same "
+                "command again: with checkpoint_dir it resumes from the newest checkpoint."
+            ) from error
+        raise
     finally:
         bar.close()
         optimizer.zero_grad(set_to_none=True)
