@@ -51,7 +51,7 @@ def wrong_answers(name):
 
 
 def test_there_are_exercises():
-    assert {"01", "02", "03", "04", "11"} <= {name[:2] for name in NAMES}
+    assert {"01", "02", "03", "04", "11", "14"} <= {name[:2] for name in NAMES}
 
 
 def test_no_exercise_has_drifted_from_its_solution():
@@ -93,6 +93,7 @@ def test_an_exercise_never_imports_what_it_asks_for(name):
     assert asked and not asked & imported
     # Nor anything else of the module that has the answer, under whatever name.
     modules = {"01": "batching", "02": "batching", "03": "training", "04": "memory"}
+    modules["14"] = "distributed"
     module = modules.get(name[:2], name[3:])
     handed_out = "\n".join(cell.source for cell in code_cells("exercises", name))
     assert f"minipeft.{module}" not in handed_out
