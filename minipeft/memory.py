@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from minipeft.tape import BLOCKS, Tape
-from minipeft.training import _checkpointing
+from minipeft.training import switch_checkpointing
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "inputs", "temporaries")
 PRECISIONS = ("float32", "bfloat16")
@@ -33,9 +33,9 @@ class Memory:
 
     parts    the largest size that each part reaches, in bytes
     total    the peak: the most that stands at one moment, in bytes
-    at_peak  the bytes of each part at that moment; they sum to `total`
     moment   where the peak falls: "loss", "backward pass" or "optimizer step"
-    kept     rows (operation, shape, bytes) of what one block keeps for its backward pass
+    at_peak  the bytes of each part at that moment, which sum to `total`; empty if measured
+    kept     rows (operation, shape, bytes) of what one block keeps; empty if measured
     """
 
     parts: dict
@@ -445,7 +445,7 @@ def _step(model, batch, seq, optimizer, precision, checkpointing, tracker):
     was_training = model.training
     model.train()
     if checkpointing:
-        _checkpointing(model, True)
+        switch_checkpointing(model, True)
     update = _optimizer(optimizer, params)
     for p in params:  # a first step, so that the optimiser has its state
         p.grad = torch.zeros_like(p)
@@ -478,7 +478,7 @@ def _step(model, batch, seq, optimizer, precision, checkpointing, tracker):
             update.step()
     finally:
         if checkpointing:
-            _checkpointing(model, False)
+            switch_checkpointing(model, False)
         model.train(was_training)
         update.zero_grad(set_to_none=True)
     total = own.peak

@@ -203,7 +203,7 @@ def _endless(batches, place, states=None):
         place["index"] = 0
 
 
-def _checkpointing(model, on):
+def switch_checkpointing(model, on):
     """Switch gradient checkpointing. `transformers` renamed its two methods within version 5.
 
     The re-entrant form of torch lets no gradient through a block whose inputs do not require grad,
@@ -355,7 +355,7 @@ def train(
     was_training = model.training
     checkpointing_before = any(getattr(m, "gradient_checkpointing", 0) for m in model.modules())
     if gradient_checkpointing and not checkpointing_before:
-        _checkpointing(model, True)
+        switch_checkpointing(model, True)
     bar = tqdm(
         total=max_steps,
         initial=begin,
@@ -431,6 +431,6 @@ def train(
         bar.close()
         optimizer.zero_grad(set_to_none=True)
         if gradient_checkpointing and not checkpointing_before:
-            _checkpointing(model, False)
+            switch_checkpointing(model, False)
         model.train(was_training)
     return history
