@@ -6,6 +6,10 @@ from minipeft.evaluation import classify, complete, wilson_interval
 from minipeft.freezing import count_parameters, freeze, unfreeze
 from minipeft.lora import add_lora, merge_lora, unmerge_lora
 from minipeft.models import budget, load_base, pick_device
+from minipeft.p_tuning import add_p_tuning, fold_p_tuning
+from minipeft.p_tuning_v2 import add_p_tuning_v2, fold_p_tuning_v2
+from minipeft.prefix_tuning import add_prefix_tuning, fold_prefix_tuning
+from minipeft.prompt_tuning import add_prompt_tuning, nearest_words
 from minipeft.training import History, evaluate, train
 
 __all__ = [
@@ -14,18 +18,26 @@ __all__ = [
     "Collator",
     "History",
     "add_lora",
+    "add_p_tuning",
+    "add_p_tuning_v2",
+    "add_prefix_tuning",
+    "add_prompt_tuning",
     "budget",
     "classify",
     "complete",
     "count_parameters",
     "encode",
     "evaluate",
+    "fold_p_tuning",
+    "fold_p_tuning_v2",
+    "fold_prefix_tuning",
     "freeze",
     "load_adapter",
     "load_base",
     "load_dialogues",
     "load_reviews",
     "merge_lora",
+    "nearest_words",
     "padding_share",
     "pick_device",
     "position_ids_from_mask",

@@ -82,12 +82,16 @@ def load_adapter(model, folder):
         raise ValueError(
             f"The adapter in {folder} is damaged and cannot be read ({error})."
         ) from error
-    kinds = {}
+    techniques = []
     for module in pkgutil.iter_modules(minipeft.__path__):
         technique = importlib.import_module(f"minipeft.{module.name}")
         if hasattr(technique, "PEFT_TYPE"):
-            kinds[technique.PEFT_TYPE] = technique
-    kind = config.get("peft_type")
-    if kind not in kinds:
-        raise ValueError(f"The adapter is of type {kind}; minipeft has {', '.join(sorted(kinds))}.")
-    return kinds[kind].from_peft(model, config, state)
+            techniques.append(technique)
+            # Two techniques may share a type; then `reads` tells which of them this folder is for.
+            reads = getattr(technique, "reads", None)
+            if reads(config) if reads else config.get("peft_type") == technique.PEFT_TYPE:
+                return technique.from_peft(model, config, state)
+    known = sorted({technique.PEFT_TYPE for technique in techniques})
+    raise ValueError(
+        f"The adapter is of type {config.get('peft_type')}; minipeft has {', '.join(known)}."
+    )

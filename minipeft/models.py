@@ -131,6 +131,7 @@ def load_base(name="smollm2", device=None, dtype=torch.float32, seed=0):
         model.config.pad_token_id = tokenizer.pad_token_id
     if model.generation_config.pad_token_id is None:  # else generate prints a warning
         model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.minipeft_tokenizer = tokenizer  # for soft prompts that start at a text
     return model.to(device=device or pick_device(), dtype=dtype).eval(), tokenizer
 
 

@@ -1,0 +1,148 @@
+"""The runs that are too long for a notebook: loss and accuracy, method by method.
+
+    python benchmarks/long_runs.py [--methods prompt_tuning ...] [--seeds 0 1 2] [--steps 120]
+
+SmolLM2 learns the film reviews as in notebook 11 (8 reviews a step, the label word is the only
+target), and is judged at the end by its answers to the same test reviews: `right` of `total`, and
+each answer, 1 or 0, in `answers`. A run appends its rows to benchmarks/results/long-runs.csv when
+it is through: one for every ten steps, with their mean training loss. A run that is there already is
+not repeated. The notebooks draw their curves from that file.
+"""
+
+import argparse
+import csv
+import datetime
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+from minipeft import (
+    Batches,
+    Collator,
+    add_lora,
+    add_p_tuning,
+    add_p_tuning_v2,
+    add_prefix_tuning,
+    add_prompt_tuning,
+    classify,
+    count_parameters,
+    encode,
+    load_base,
+    load_reviews,
+    pick_device,
+    train,
+)
+
+RESULTS = Path(__file__).resolve().parent / "results" / "long-runs.csv"
+COLUMNS = """date device threads torch transformers method setting lr seed step examples
+train_loss right total trainable seconds answers""".split()
+TEXT = "Is this film review positive or negative?"
+
+# {(method, setting): (learning rate, what makes the model ready)}
+RUNS = {
+    ("prompt_tuning", "n=10 vocab"): (1e-2, lambda m: add_prompt_tuning(m, 10)),
+    ("prompt_tuning", "n=10 text"): (1e-2, lambda m: add_prompt_tuning(m, 10, "text", TEXT)),
+    ("p_tuning", "n=10 lstm"): (1e-3, lambda m: add_p_tuning(m, 10)),
+    ("p_tuning", "n=10 mlp"): (1e-3, lambda m: add_p_tuning(m, 10, "mlp")),
+    ("prefix_tuning", "n=10 random"): (1e-2, lambda m: add_prefix_tuning(m, 10)),
+    ("prefix_tuning", "n=10 text"): (1e-2, lambda m: add_prefix_tuning(m, 10, text=TEXT)),
+    ("prefix_tuning", "n=10 projection"): (1e-3, lambda m: add_prefix_tuning(m, 10, True)),
+    ("p_tuning_v2", "hidden n=10"): (1e-2, lambda m: add_p_tuning_v2(m, 10, "hidden")),
+    ("p_tuning_v2", "key_value n=10"): (1e-2, lambda m: add_p_tuning_v2(m, 10)),
+    ("lora", "r=8"): (2e-3, add_lora),
+}
+
+
+def run(method, setting, lr, add, seed, steps, tests):
+    """One training run: a list of dicts, one for every ten steps and, judged, one for the end."""
+    model, tokenizer = load_base()
+    reviews = load_reviews()
+    test = reviews["test"].select(range(min(tests, len(reviews["test"]))))
+    torch.manual_seed(seed)
+    add(model)
+    what = {"method": method, "setting": setting, "lr": lr, "seed": seed}
+    what["trainable"] = count_parameters(model)[0]
+    rows, start = [], time.monotonic()
+    if steps:
+        texts = [encode(tokenizer, row["prompt"], row["answer"]) for row in reviews["train"]]
+        collate = Collator(tokenizer.pad_token_id)
+        batches = Batches(texts, collate, 8, seed=seed, group_by_length=True)
+        losses = train(
+            model, batches, max_steps=steps, lr=lr, warmup_steps=steps // 10, seed=seed
+        ).train_loss
+        for end in range(10, steps + 1, 10):
+            mean = sum(losses[end - 10 : end]) / 10
+            rows.append(what | {"step": end, "examples": 8 * end, "train_loss": f"{mean:.4f}"})
+    seconds = time.monotonic() - start
+    right = classify(model, tokenizer, test["prompt"]) == torch.tensor(test["label"])
+    rows = rows or [what | {"step": 0, "examples": 0}]
+    rows[-1] |= {
+        "right": int(right.sum()),
+        "total": len(test),
+        "seconds": f"{seconds:.0f}",
+        "answers": "".join("01"[int(r)] for r in right),
+    }
+    return rows
+
+
+def zero_shot(model):
+    """The base model as it is; `add` for the row that all others are compared with."""
+    return model
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Train every method on the film reviews.")
+    parser.add_argument("--methods", nargs="*", help="such as prompt_tuning or 'lora r=8'")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--tests", type=int, default=927, help="test reviews")
+    parser.add_argument("--lr", type=float, help="instead of the learning rate of the table")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    device = pick_device()
+    common = {
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    done = set()
+    if options.out.exists():
+        with open(options.out, newline="") as file:
+            done = {
+                (
+                    row["method"],
+                    row["setting"],
+                    float(row["lr"]),
+                    int(row["seed"]),
+                    int(row["step"]),
+                )
+                for row in csv.DictReader(file)
+                if row["right"]
+            }
+    wanted = [("zero_shot", "", 0.0, zero_shot, 0, 0)]
+    for seed in options.seeds:
+        for (method, setting), (lr, add) in RUNS.items():
+            names = {method, f"{method} {setting}"}
+            if not options.methods or names & set(options.methods):
+                wanted.append((method, setting, options.lr or lr, add, seed, options.steps))
+    for method, setting, lr, add, seed, steps in wanted:
+        if (method, setting, lr, seed, steps) in done:
+            continue
+        rows = run(method, setting, lr, add, seed, steps, options.tests)
+        options.out.parent.mkdir(exist_ok=True)
+        new = not options.out.exists()
+        with open(options.out, "a", newline="") as file:  # a run at a time, and only whole ones
+            writer = csv.DictWriter(file, COLUMNS, restval="")
+            if new:
+                writer.writeheader()
+            writer.writerows(common | row for row in rows)
+        last = rows[-1]
+        print(method, setting, f"seed {seed}, step {steps}: {last['right']} of {last['total']}")
+
+
+if __name__ == "__main__":
+    main()

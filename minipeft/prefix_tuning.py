@@ -1,0 +1,155 @@
+"""Prefix-tuning: learn keys and values in front of every layer's own (Li and Liang 2021).
+
+    attention of a token = softmax(q [P_k; K]^T / sqrt(d)) [P_v; V]      section 4.2
+
+That is a cache that no text has written: n positions which every token of the text sees, and which
+see nothing themselves. With projection the prefix comes out of an MLP while training (section 4.3).
+"""
+
+import torch
+from torch import nn
+
+from minipeft.virtual_tokens import (
+    attach,
+    key_value_shape,
+    peft_config,
+    per_layer,
+    place_of,
+    refuse,
+    table_of_cache,
+    table_of_state,
+    token_ids,
+)
+
+PEFT_TYPE = "PREFIX_TUNING"
+
+
+class Prefix(nn.Module):
+    """Keys and values for all layers, as (layers, 2, kv_heads, n, head_dim).
+
+    Without an MLP the embedding table has the keys and values themselves, n rows of
+    layers * 2 * kv_heads * head_dim. With one it has n rows of kv_heads * head_dim, and the MLP
+    (linear, tanh, linear) makes the long rows of them, as in section 4.3 and in HF peft.
+    """
+
+    place = "cache"
+
+    def __init__(self, n, shape, width=None):
+        super().__init__()
+        layers, kv_heads, head_dim = self.shape = shape
+        kv = kv_heads * head_dim
+        self.num_virtual_tokens = n
+        self.embedding = nn.Embedding(n, kv if width else layers * 2 * kv)
+        self.mlp = width and nn.Sequential(
+            nn.Linear(kv, width), nn.Tanh(), nn.Linear(width, layers * 2 * kv)
+        )
+
+    def table(self, layer=None):
+        """The prefix, a row for each virtual token: (n, layers * 2 * kv_heads * head_dim).
+
+        With a layer, the columns of that layer only: (n, 2 * kv_heads * head_dim).
+        """
+        layers, kv_heads, head_dim = self.shape
+        size = 2 * kv_heads * head_dim
+        columns = slice(None) if layer is None else slice(layer * size, (layer + 1) * size)
+        if not self.mlp:
+            return self.embedding.weight[:, columns]
+        first, tanh, last = self.mlp
+        inner = tanh(first(self.embedding.weight))  # (n, width)
+        return nn.functional.linear(inner, last.weight[columns], last.bias[columns])
+
+    def forward(self, layer=None):
+        layers, kv_heads, head_dim = self.shape
+        if layer is None:
+            return per_layer(self.table(), self.shape)  # (layers, 2, kv_heads, n, head_dim)
+        return per_layer(self.table(layer), (1, kv_heads, head_dim))[
+            0
+        ]  # (2, kv_heads, n, head_dim)
+
+
+def add_prefix_tuning(
+    model,
+    num_virtual_tokens=10,
+    projection=False,
+    encoder_hidden_size=None,
+    text=None,
+    tokenizer=None,
+):
+    """Freeze `model` and add n trainable keys and values to each of its layers. Returns the model.
+
+    num_virtual_tokens   n: n * layers * 2 * kv_heads * head_dim trainables without projection.
+                         None, with text: one for each token.
+    projection           train an embedding and an MLP that writes the prefix; `fold_prefix_tuning`
+                         drops them. encoder_hidden_size is the MLP's width (default: kv_heads *
+                         head_dim, the hidden size where there is no grouped-query attention).
+    text                 start from the keys and values that the frozen model computes for `text`,
+                         cut or repeated to n tokens: untrained, the model does what it does with
+                         the text typed in front. Otherwise a random start, normal with deviation 1.
+    The trainables are float32, also on a half-precision base (float64 on a float64 one).
+    Raises ValueError for a length or width below 1, text together with projection, layers without
+    full attention, and a model that has a technique already or no language-model head.
+    """
+    if text is not None and projection:
+        raise ValueError("An MLP cannot be made to start at a text; leave out text or projection.")
+    if encoder_hidden_size is not None and not projection:
+        raise ValueError("encoder_hidden_size is the width of the MLP; it needs projection=True.")
+    if num_virtual_tokens is None and text is not None:
+        num_virtual_tokens = len(token_ids(model, text, tokenizer))
+    refuse(model, num_virtual_tokens)
+    shape = key_value_shape(model)
+    width = None
+    if projection:
+        width = shape[1] * shape[2] if encoder_hidden_size is None else encoder_hidden_size
+        if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+            raise ValueError(
+                f"encoder_hidden_size={width} is no width; give a whole number from 1 on."
+            )
+    with torch.device(place_of(model)["device"]):
+        prefix = Prefix(num_virtual_tokens, shape, width).to(**place_of(model))
+    if text is not None:
+        ids = token_ids(model, text, tokenizer, num_virtual_tokens)
+        prefix.embedding.weight.data.copy_(table_of_cache(model, ids[None], num_virtual_tokens))
+    return attach(model, prefix, "prefix_tuning")
+
+
+def fold_prefix_tuning(model):
+    """Replace embedding and MLP by the keys and values that they write. Returns the model.
+
+    The model computes what it did, bit for bit; what is trained from here on is the table itself.
+    Raises ValueError if there is no prefix on the model, or it has no MLP.
+    """
+    prefix = getattr(model, "virtual_tokens", None)
+    if not isinstance(prefix, Prefix) or not prefix.mlp:
+        raise ValueError("There is no projected prefix on this model to fold.")
+    model.virtual_tokens = _of_table(model, prefix.table().detach())
+    return model
+
+
+def _of_table(model, table):
+    prefix = Prefix(len(table), key_value_shape(model)).to(**place_of(model))
+    prefix.embedding.weight.data.copy_(table)
+    return prefix.train(model.training)
+
+
+# ---- the folder format of HF peft (checkpoints.py) ---------------------------------------------
+
+
+def reads(config):
+    return config.get("peft_type") == PEFT_TYPE and config.get("task_type") != "SEQ_CLS"
+
+
+def to_peft(model):
+    """(adapter_config, {key: tensor}) as HF peft writes them: the folded table, no MLP."""
+    _, kv_heads, head_dim = model.virtual_tokens.shape
+    config = peft_config(model, model.virtual_tokens, kv_heads, kv_heads * head_dim)
+    config["prefix_projection"] = False
+    return config, {"prompt_embeddings": model.virtual_tokens.table()}
+
+
+def from_peft(model, config, state):
+    """Add the prefix of an adapter to `model`. Raises ValueError if it does not fit."""
+    n = config["num_virtual_tokens"]
+    refuse(model, n)
+    layers, kv_heads, head_dim = key_value_shape(model)
+    table = table_of_state(state, (n, layers * 2 * kv_heads * head_dim))
+    return attach(model, _of_table(model, table), "prefix_tuning")

@@ -1,0 +1,129 @@
+"""Prompt tuning: learn n vectors in front of the embedded text (Lester et al. 2021, section 2).
+
+    [P; E(x)]        P: (n, hidden), trained        E(x): (seq, hidden), frozen
+
+P is a piece of prompt that no word need have written. The base model stays as it is, to the bit.
+"""
+
+import torch
+from torch import nn
+
+from minipeft.virtual_tokens import (
+    attach,
+    peft_config,
+    place_of,
+    refuse,
+    table_of_state,
+    token_ids,
+)
+
+PEFT_TYPE = "PROMPT_TUNING"
+INITS = ("text", "vocab", "random")
+
+
+class SoftPrompt(nn.Module):
+    """The trained vectors, weight: (num_virtual_tokens, hidden)."""
+
+    place = "front"
+
+    def __init__(self, weight):
+        super().__init__()
+        self.num_virtual_tokens = len(weight)
+        self.weight = nn.Parameter(weight)
+
+    def forward(self):
+        return self.weight  # (n, hidden)
+
+
+def add_prompt_tuning(model, num_virtual_tokens=10, init="vocab", text=None, tokenizer=None):
+    """Freeze `model` and put trainable vectors in front of every input. Returns the model.
+
+    num_virtual_tokens  n: n * hidden trainables. None, with init="text": one for each token.
+    init                how they start (Lester et al. 2021, section 3.2):
+                        "text"    the embeddings of `text`, cut or repeated to n tokens. Untrained,
+                                  the model does what it does with the text typed in front.
+                        "vocab"   the embeddings of n random tokens, special ones left out.
+                        "random"  normal, with the mean and deviation of the embedding table.
+    tokenizer           for `text`, and to know special tokens; that of `load_base` by default.
+    The vectors are float32, also on a half-precision base (float64 on a float64 one).
+    Raises ValueError for an unknown init, a length below 1, text that is missing or empty, and a
+    model that has a technique already or no language-model head.
+    """
+    if init not in INITS:
+        raise ValueError(f"init={init!r} is none of {', '.join(map(repr, INITS))}.")
+    if text is not None and init != "text":
+        raise ValueError(f'text is given, but init={init!r} has no use for it; take init="text".')
+    if num_virtual_tokens is None and init == "text":
+        num_virtual_tokens = len(token_ids(model, text, tokenizer))
+    refuse(model, num_virtual_tokens)
+    place = place_of(model)
+    table = model.get_input_embeddings().weight.detach()  # (vocab, hidden)
+    if init == "random":
+        std, mean = torch.std_mean(table.to(place["dtype"]))
+        weight = torch.randn(num_virtual_tokens, table.shape[1], **place) * std + mean
+    else:
+        if init == "text":
+            ids = token_ids(model, text, tokenizer, num_virtual_tokens)  # (n,)
+        else:
+            words = ordinary_tokens(model, tokenizer)
+            ids = words[torch.randint(len(words), (num_virtual_tokens,)).to(words.device)]
+        weight = table[ids].to(place["dtype"], copy=True)  # (n, hidden)
+    return attach(model, SoftPrompt(weight), "prompt_tuning")
+
+
+def ordinary_tokens(model, tokenizer=None):
+    """The ids of the vocabulary that are no special tokens: an int64 tensor (ids,).
+
+    The first rows of a table are often special tokens, and some tables have rows for no token.
+    """
+    tokenizer = tokenizer or getattr(model, "minipeft_tokenizer", None)
+    table = model.get_input_embeddings().weight
+    config, special = model.config, set()
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(config, name, None)
+        special |= set(value if isinstance(value, list) else [value])
+    size = len(table)
+    if tokenizer is not None:
+        special |= set(tokenizer.all_special_ids)
+        special |= {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        size = min(size, len(tokenizer))
+    return torch.tensor([i for i in range(size) if i not in special], device=table.device)
+
+
+@torch.no_grad()
+def nearest_words(model, k=5):
+    """For each virtual token the k tokens whose embeddings point most nearly the same way.
+
+    Returns a list of n lists of (token id, cosine similarity from -1 to 1), the nearest first.
+    Raises ValueError if the model has no vectors in front of its embeddings.
+    """
+    if getattr(getattr(model, "virtual_tokens", None), "place", None) != "front":
+        raise ValueError("This model has no virtual tokens among its embeddings.")
+    table = model.get_input_embeddings().weight.float()  # (vocab, hidden)
+    vectors = model.virtual_tokens().float()  # (n, hidden)
+    cosines = nn.functional.normalize(vectors, dim=-1) @ nn.functional.normalize(table, dim=-1).T
+    best = cosines.topk(k, dim=-1)  # (n, k)
+    return [
+        list(zip(ids, values, strict=True))
+        for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+
+
+# ---- the folder format of HF peft (checkpoints.py) ---------------------------------------------
+
+
+def to_peft(model):
+    """(adapter_config, {key: tensor}) as HF peft writes them."""
+    vectors = model.virtual_tokens()
+    config = peft_config(
+        model, model.virtual_tokens, model.config.num_attention_heads, vectors.shape[1]
+    )
+    return config | {"prompt_tuning_init": "RANDOM"}, {"prompt_embeddings": vectors}
+
+
+def from_peft(model, config, state):
+    """Add the soft prompt of an adapter to `model`. Raises ValueError if it does not fit."""
+    n = config["num_virtual_tokens"]
+    refuse(model, n)
+    vectors = table_of_state(state, (n, model.get_input_embeddings().weight.shape[1]))
+    return attach(model, SoftPrompt(vectors.to(**place_of(model), copy=True)), "prompt_tuning")
