@@ -110,6 +110,11 @@ def add_lora(model, r=8, alpha=16, dropout=0.0, targets=("q_proj", "v_proj"), sc
 def _check(model, r, alpha, dropout, scaling):
     if _layers(model):
         raise ValueError("This model has LoRA already; load the base model anew.")
+    if getattr(model, "minipeft_technique", None):
+        raise ValueError(
+            f"This model has {model.minipeft_technique} already, which LoRA would freeze; load the "
+            "base model anew."
+        )
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise ValueError(f"r={r} is no rank; give a whole number from 1 on.")
     if not alpha > 0:

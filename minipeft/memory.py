@@ -120,6 +120,11 @@ def estimate(
         )
     with torch.device("meta"):
         model = _build(config, method, dtype, attention)
+    if model._forward_pre_hooks:
+        raise ValueError(
+            "memory.estimate has no formulas for a method that changes the input of the model, as "
+            "virtual tokens do; memory.measure needs none."
+        )
     heads = config.num_attention_heads
     dims = {
         "b": batch,
@@ -460,6 +465,12 @@ def _step(model, batch, seq, optimizer, precision, checkpointing, tracker):
         )
     own = Tracker([*weights, *states, *inputs.values()], batch * seq * vocab, vocab)
     standing = own.held
+
+    def positions(head, args):  # virtual tokens in front have logits too
+        own.count = args[0].numel() // args[0].shape[-1] * vocab
+
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(positions) if head is not None else None
     theirs = MemTracker() if tracker == "torch" else nullcontext()
     if tracker == "torch":
         theirs.track_external(model, update, *inputs.values())
@@ -477,6 +488,8 @@ def _step(model, batch, seq, optimizer, precision, checkpointing, tracker):
             gradients = _storages([p.grad for p in params])
             update.step()
     finally:
+        if handle is not None:
+            handle.remove()
         if checkpointing:
             switch_checkpointing(model, False)
         model.train(was_training)

@@ -7,6 +7,7 @@ The vectors stand in front of the input, or inside a template, between words tha
 """
 
 import inspect
+from functools import partial
 
 import torch
 from torch import nn
@@ -34,21 +35,22 @@ class PromptEncoder(nn.Module):
     Layers and sizes are those of HF peft, which took them from the authors' code.
     """
 
-    def __init__(self, n, hidden, encoder, width, placeholder_id=None):
+    def __init__(self, n, hidden, encoder, width, placeholder_id, place):
         super().__init__()
         self.num_virtual_tokens, self.placeholder_id = n, placeholder_id
         self.place = "front" if placeholder_id is None else "template"
         self.encoder, self.width = encoder, width
-        self.embedding = nn.Embedding(n, hidden)
+        self.embedding = nn.Embedding(n, hidden, **place)
+        linear = partial(nn.Linear, **place)
         if encoder == "lstm":
-            self.lstm = nn.LSTM(hidden, width, num_layers=2, bidirectional=True, batch_first=True)
+            self.lstm = nn.LSTM(hidden, width, 2, batch_first=True, bidirectional=True, **place)
             self.mlp = nn.Sequential(
-                nn.Linear(2 * width, 2 * width), nn.ReLU(), nn.Linear(2 * width, hidden)
+                linear(2 * width, 2 * width), nn.ReLU(), linear(2 * width, hidden)
             )
         elif encoder == "mlp":
             self.mlp = nn.Sequential(
-                nn.Linear(hidden, width), nn.ReLU(),
-                nn.Linear(width, width), nn.ReLU(), nn.Linear(width, hidden),
+                linear(hidden, width), nn.ReLU(),
+                linear(width, width), nn.ReLU(), linear(width, hidden),
             )  # fmt: skip
 
     def forward(self):
@@ -80,13 +82,14 @@ def add_p_tuning(
     width = hidden if encoder_hidden_size is None else encoder_hidden_size
     if isinstance(width, bool) or not isinstance(width, int) or width < 1:
         raise ValueError(f"encoder_hidden_size={width} is no width; give a whole number from 1 on.")
-    written = PromptEncoder(num_virtual_tokens, hidden, encoder, width, placeholder_id)
+    place = place_of(model)
+    written = PromptEncoder(num_virtual_tokens, hidden, encoder, width, placeholder_id, place)
     return _attached(model, written)
 
 
 def _attached(model, written):
     before = _fill_template if written.place == "template" else None
-    return attach(model, written.to(**place_of(model)), "p_tuning", before)
+    return attach(model, written, "p_tuning", before)
 
 
 def _fill_template(model, args, kwargs):
@@ -131,7 +134,7 @@ def fold_p_tuning(model):
 
 
 def _table(model, vectors, placeholder_id):
-    table = PromptEncoder(*vectors.shape, None, None, placeholder_id).to(**place_of(model))
+    table = PromptEncoder(*vectors.shape, None, None, placeholder_id, place_of(model))
     with torch.no_grad():
         table.embedding.weight.copy_(vectors)
     return table.train(model.training)

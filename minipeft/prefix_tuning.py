@@ -6,7 +6,6 @@ That is a cache that no text has written: n positions which every token of the t
 see nothing themselves. With projection the prefix comes out of an MLP while training (section 4.3).
 """
 
-import torch
 from torch import nn
 
 from minipeft.virtual_tokens import (
@@ -34,14 +33,14 @@ class Prefix(nn.Module):
 
     place = "cache"
 
-    def __init__(self, n, shape, width=None):
+    def __init__(self, n, shape, place, width=None):
         super().__init__()
         layers, kv_heads, head_dim = self.shape = shape
         kv = kv_heads * head_dim
         self.num_virtual_tokens = n
-        self.embedding = nn.Embedding(n, kv if width else layers * 2 * kv)
+        self.embedding = nn.Embedding(n, kv if width else layers * 2 * kv, **place)
         self.mlp = width and nn.Sequential(
-            nn.Linear(kv, width), nn.Tanh(), nn.Linear(width, layers * 2 * kv)
+            nn.Linear(kv, width, **place), nn.Tanh(), nn.Linear(width, layers * 2 * kv, **place)
         )
 
     def table(self, layer=None):
@@ -104,8 +103,7 @@ def add_prefix_tuning(
             raise ValueError(
                 f"encoder_hidden_size={width} is no width; give a whole number from 1 on."
             )
-    with torch.device(place_of(model)["device"]):
-        prefix = Prefix(num_virtual_tokens, shape, width).to(**place_of(model))
+    prefix = Prefix(num_virtual_tokens, shape, place_of(model), width)
     if text is not None:
         ids = token_ids(model, text, tokenizer, num_virtual_tokens)
         prefix.embedding.weight.data.copy_(table_of_cache(model, ids[None], num_virtual_tokens))
@@ -126,7 +124,7 @@ def fold_prefix_tuning(model):
 
 
 def _of_table(model, table):
-    prefix = Prefix(len(table), key_value_shape(model)).to(**place_of(model))
+    prefix = Prefix(len(table), key_value_shape(model), place_of(model))
     prefix.embedding.weight.data.copy_(table)
     return prefix.train(model.training)
 

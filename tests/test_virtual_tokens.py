@@ -22,6 +22,7 @@ from minipeft import (
     save_adapter,
     train,
 )
+from minipeft.memory import estimate, measure
 from minipeft.virtual_tokens import key_value_shape, per_layer, positions_of, table_of_cache
 
 EVERY = pytest.mark.parametrize("name", NAMES)
@@ -271,6 +272,8 @@ def test_one_technique_on_a_model(method):
     for again in METHODS.values():
         with pytest.raises(ValueError, match="already; load the base model anew"):
             again(model)
+    with pytest.raises(ValueError, match="already, which LoRA would freeze"):
+        add_lora(model)
     with pytest.raises(ValueError, match="LlamaForCausalLM has lora already"):
         METHODS[method](add_lora(load_base("tiny", device="cpu")[0]))
 
@@ -414,6 +417,20 @@ def test_text_needs_words_and_a_tokenizer():
     add_prompt_tuning(model, 3, "text", "abc", tokenizer)
     row = encode(tokenizer, "a", "b")
     assert model(torch.tensor([row["input_ids"]])).logits.isfinite().all()
+
+
+@EVERY
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"template", "lstm"}))
+def test_memory_is_measured_on_fake_tensors_and_not_guessed(name, method):
+    config = load_base(name, device="cpu")[0].config
+    options = {"batch": 2, "seq": 32}
+    fake = measure(config, METHODS[method], **options)
+    real = measure(load_base(name, device="cpu")[0], METHODS[method], **options)
+    assert (fake.total, fake.parts) == (real.total, real.parts)
+    assert fake.parts["logits"] >= 4 * 2 * 32 * 261, "the logits are not taken for activations"
+    if name not in ("tiny-gpt_neox",):  # of which there are no formulas at all
+        with pytest.raises(ValueError, match="no formulas for a method that changes the input"):
+            estimate(config, METHODS[method], **options)
 
 
 @pytest.mark.gpu
