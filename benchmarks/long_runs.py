@@ -42,8 +42,8 @@ TEXT = "Is this film review positive or negative?"
 
 # {(method, setting): (learning rate, what makes the model ready)}
 RUNS = {
-    ("prompt_tuning", "n=10 vocab"): (1e-2, lambda m: add_prompt_tuning(m, 10)),
-    ("prompt_tuning", "n=10 text"): (1e-2, lambda m: add_prompt_tuning(m, 10, "text", TEXT)),
+    ("prompt_tuning", "n=10 vocab"): (3e-2, lambda m: add_prompt_tuning(m, 10)),
+    ("prompt_tuning", "n=10 text"): (3e-2, lambda m: add_prompt_tuning(m, 10, "text", TEXT)),
     ("p_tuning", "n=10 lstm"): (1e-3, lambda m: add_p_tuning(m, 10)),
     ("p_tuning", "n=10 mlp"): (1e-3, lambda m: add_p_tuning(m, 10, "mlp")),
     ("prefix_tuning", "n=10 random"): (1e-2, lambda m: add_prefix_tuning(m, 10)),

@@ -99,7 +99,7 @@ def only_head(model, untie=False):
         for name, p in module.named_parameters(recurse=False):
             if untie and id(p) in shared:
                 setattr(module, name, nn.Parameter(p.detach().clone()))
-                model.config.tie_word_embeddings = False  # or saving and loading would tie again
+                model.config.tie_word_embeddings = False  # or tie_weights() would undo it
             getattr(module, name).requires_grad_(True)
     return model
 

@@ -20,6 +20,7 @@ from minipeft.freezing import blocks
 from minipeft.virtual_tokens import (
     attach,
     key_value_shape,
+    ordinary_tokens,
     peft_config,
     per_layer,
     place_of,
@@ -78,7 +79,9 @@ def add_p_tuning_v2(model, num_virtual_tokens=10, form="key_value"):
     """Freeze `model` and add n virtual tokens to each of its layers. Returns the model.
 
     form  "key_value": n * layers * 2 * kv_heads * head_dim trainables;
-          "hidden": n * layers * hidden. Both start normal with deviation 1.
+          "hidden": n * layers * hidden.
+    Both start at what the frozen model computes for n random words, so they start as one function;
+    the hidden states are scaled to a mean square of 1, which the norm of a block undoes anyway.
     A model for sequence classification keeps its head trainable (float32, as all trainables); the
     hidden form is refused there, since such a model looks for the last token in input_ids, which
     the hidden form replaces by embeddings. A causal model has no such head: all of it is frozen.
@@ -94,17 +97,29 @@ def add_p_tuning_v2(model, num_virtual_tokens=10, form="key_value"):
             f"{type(model).__name__} finds the last token of a row in input_ids, which the hidden "
             'form replaces by embeddings; take form="key_value".'
         )
-    shape, place = key_value_shape(model), place_of(model)
+    words = ordinary_tokens(model)
+    words = words[torch.randint(len(words), (1, num_virtual_tokens)).to(words.device)]
     if form == "key_value":
-        layers, kv_heads, head_dim = shape
-        table = torch.randn(num_virtual_tokens, layers * 2 * kv_heads * head_dim, **place)
-        return _attach_key_values(model, table)
-    width = model.get_input_embeddings().weight.shape[1]
-    states = HiddenStates(torch.randn(shape[0], num_virtual_tokens, width, **place))
-    attach(model, states, "p_tuning_v2")
+        return _attach_key_values(model, table_of_cache(model, words, num_virtual_tokens))
+    attach(model, HiddenStates(_states_of(model, words)), "p_tuning_v2")
     for i, block in enumerate(blocks(model)):
         block.register_forward_pre_hook(partial(_overwrite, model, i), with_kwargs=True)
     return model
+
+
+@torch.no_grad()
+def _states_of(model, input_ids):
+    """What enters each block for a text (1, n), at a mean square of 1: (layers, n, hidden)."""
+    if input_ids.is_meta:  # a model without numbers has none to start from
+        shape = len(blocks(model)), input_ids.shape[1], model.config.hidden_size
+        return torch.empty(shape, **place_of(model))
+    was_training = model.training
+    mask = torch.ones_like(input_ids)
+    inputs = {"input_ids": input_ids, "attention_mask": mask, "output_hidden_states": True}
+    states = model.eval()(**inputs).hidden_states[:-1]  # layers times (1, n, hidden)
+    model.train(was_training)
+    states = torch.cat(states).to(place_of(model)["dtype"])
+    return states / states.square().mean(-1, keepdim=True).sqrt()
 
 
 def _attach_key_values(model, table):

@@ -83,7 +83,9 @@ def add_prefix_tuning(
                          head_dim, the hidden size where there is no grouped-query attention).
     text                 start from the keys and values that the frozen model computes for `text`,
                          cut or repeated to n tokens: untrained, the model does what it does with
-                         the text typed in front. Otherwise a random start, normal with deviation 1.
+                         the text typed in front. Otherwise the table starts normal with a
+                         deviation of 0.1, near a prefix that says nothing (HF peft: 1, which
+                         disturbs a model more than it helps), and the embedding of an MLP with 1.
     The trainables are float32, also on a half-precision base (float64 on a float64 one).
     Raises ValueError for a length or width below 1, text together with projection, layers without
     full attention, and a model that has a technique already or no language-model head.
@@ -104,6 +106,8 @@ def add_prefix_tuning(
                 f"encoder_hidden_size={width} is no width; give a whole number from 1 on."
             )
     prefix = Prefix(num_virtual_tokens, shape, place_of(model), width)
+    if not projection:
+        nn.init.normal_(prefix.embedding.weight, std=0.1)
     if text is not None:
         ids = token_ids(model, text, tokenizer, num_virtual_tokens)
         prefix.embedding.weight.data.copy_(table_of_cache(model, ids[None], num_virtual_tokens))

@@ -10,6 +10,7 @@ from torch import nn
 
 from minipeft.virtual_tokens import (
     attach,
+    ordinary_tokens,
     peft_config,
     place_of,
     refuse,
@@ -69,25 +70,6 @@ def add_prompt_tuning(model, num_virtual_tokens=10, init="vocab", text=None, tok
             ids = words[torch.randint(len(words), (num_virtual_tokens,)).to(words.device)]
         weight = table[ids].to(place["dtype"], copy=True)  # (n, hidden)
     return attach(model, SoftPrompt(weight), "prompt_tuning")
-
-
-def ordinary_tokens(model, tokenizer=None):
-    """The ids of the vocabulary that are no special tokens: an int64 tensor (ids,).
-
-    The first rows of a table are often special tokens, and some tables have rows for no token.
-    """
-    tokenizer = tokenizer or getattr(model, "minipeft_tokenizer", None)
-    table = model.get_input_embeddings().weight
-    config, special = model.config, set()
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = getattr(config, name, None)
-        special |= set(value if isinstance(value, list) else [value])
-    size = len(table)
-    if tokenizer is not None:
-        special |= set(tokenizer.all_special_ids)
-        special |= {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-        size = min(size, len(tokenizer))
-    return torch.tensor([i for i in range(size) if i not in special], device=table.device)
 
 
 @torch.no_grad()

@@ -255,8 +255,12 @@ def per_layer(table, shape):
 @torch.no_grad()
 def table_of_cache(model, input_ids, n):
     """The first n positions of the cache that `input_ids` (1, seq) leave: (n, layers * 2 * kv)."""
+    if input_ids.is_meta:  # a model without numbers has none to read
+        layers, kv_heads, head_dim = key_value_shape(model)
+        return torch.empty(n, layers * 2 * kv_heads * head_dim, **place_of(model))
     was_training = model.training
-    output = model.eval()(input_ids=input_ids, use_cache=True)
+    mask = torch.ones_like(input_ids)
+    output = model.eval()(input_ids=input_ids, attention_mask=mask, use_cache=True)
     model.train(was_training)
     layers = (getattr(output, "cache", None) or output.past_key_values).layers
     both = [torch.stack([layer.keys[0, :, :n], layer.values[0, :, :n]]) for layer in layers]
@@ -278,6 +282,25 @@ def token_ids(model, text, tokenizer, n=None):
     if n is not None:
         ids = (ids * -(-n // len(ids)))[:n]
     return torch.tensor(ids, device=place_of(model)["device"])
+
+
+def ordinary_tokens(model, tokenizer=None):
+    """The ids of the vocabulary that are no special tokens: an int64 tensor (ids,).
+
+    The first rows of a table are often special tokens, and some tables have rows for no token.
+    """
+    tokenizer = tokenizer or getattr(model, "minipeft_tokenizer", None)
+    table = model.get_input_embeddings().weight
+    config, special = model.config, set()
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(config, name, None)
+        special |= set(value if isinstance(value, list) else [value])
+    size = len(table)
+    if tokenizer is not None:
+        special |= set(tokenizer.all_special_ids)
+        special |= {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        size = min(size, len(tokenizer))
+    return torch.tensor([i for i in range(size) if i not in special], device=table.device)
 
 
 # ---- the folder format of HF peft (checkpoints.py) ---------------------------------------------
