@@ -10,7 +10,7 @@ VENV ?= .venv
 LAB_OPTIONS ?=
 BIN = $(VENV)/bin
 
-.PHONY: lab test assets check unit nbval notebooks exercises bench browser format
+.PHONY: lab test assets check unit nbval notebooks exercises bench long-runs browser format
 
 lab: $(VENV)/lab.stamp assets
 	$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" $(LAB_OPTIONS) notebooks/00_start_here.ipynb
@@ -61,6 +61,12 @@ exercises: $(VENV)/test.stamp
 
 bench: $(VENV)/test.stamp assets
 	$(BIN)/python benchmarks/step.py
+
+# What takes too long for a notebook: three seeds of every method. About an hour and a half on a CPU;
+# runs that are in benchmarks/results already are not repeated.
+long-runs: $(VENV)/test.stamp assets
+	$(BIN)/python benchmarks/long_runs.py
+	$(BIN)/python benchmarks/encoder_or_table.py
 
 format: $(VENV)/test.stamp
 	$(BIN)/ruff format .

@@ -1,11 +1,11 @@
-"""One training step: our LoRA against HF peft's, and against the bare frozen model.
+"""One training step: our methods against HF peft's, and against the bare frozen model.
 
-    python benchmarks/step.py [--rounds 12] [--batch 4] [--seq 64]
+    python benchmarks/step.py [--rounds 12] [--batch 4] [--seq 64] [--methods lora ...]
 
-Three contenders take turns in one process, in an order that changes every round, so that a busy
-machine is busy for all of them. What counts is the ratio within a round.
+For each method three contenders take turns in one process, in an order that changes every round, so
+that a busy machine is busy for all of them. What counts is the ratio within a round.
 
-  minipeft   forward, backward, AdamW step of add_lora(r=8, q_proj and v_proj)
+  minipeft   forward, backward, AdamW step of add_lora(r=8, q_proj and v_proj) and others
   peft       the same with HF peft
   bare       the frozen model's forward, and backward to its input embeddings: less is not possible,
              since the gradient has to come down through every layer to reach A and B
@@ -30,7 +30,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from minipeft import add_lora, load_base, pick_device
+from minipeft import (
+    add_lora,
+    add_p_tuning,
+    add_prefix_tuning,
+    add_prompt_tuning,
+    load_base,
+    pick_device,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -92,23 +99,43 @@ def bare_step(model, batch):
     return step
 
 
-def contenders(batch, seed):
-    """{name: step} on three copies of the base model; both adapters begin with the same A and B."""
-    steps = {}
-    ours = load_base()[0]
-    torch.manual_seed(seed)
-    steps["minipeft"] = tuned_step(add_lora(ours, r=8, alpha=16).train(), batch)
-    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
+VIRTUAL = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 10}
+# {method: (ours, the configuration of HF peft)}; 10 virtual tokens. Key-value P-tuning v2
+# is prefix-tuning, and HF peft has no hidden-state form.
+METHODS = {
+    "lora": (
+        lambda model: add_lora(model, r=8, alpha=16),
+        peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]),
+    ),
+    "prompt_tuning": (add_prompt_tuning, peft.PromptTuningConfig(**VIRTUAL)),
+    "p_tuning_lstm": (
+        add_p_tuning,
+        peft.PromptEncoderConfig(**VIRTUAL, encoder_reparameterization_type="LSTM"),
+    ),
+    "p_tuning_mlp": (
+        lambda model: add_p_tuning(model, encoder="mlp"),
+        peft.PromptEncoderConfig(**VIRTUAL),
+    ),
+    "prefix_tuning": (add_prefix_tuning, peft.PrefixTuningConfig(**VIRTUAL)),
+    "prefix_projection": (
+        lambda model: add_prefix_tuning(model, projection=True),
+        peft.PrefixTuningConfig(**VIRTUAL, prefix_projection=True),
+    ),
+}
+
+
+def contenders(method, batch):
+    """{name: step} on three copies of the base model, with as many trainables in both libraries."""
+    ours, config = METHODS[method]
+    ours = ours(load_base()[0]).train()
     theirs = peft.get_peft_model(load_base()[0], config).train()
-    matrices = dict(ours.named_parameters())
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            if parameter.requires_grad:
-                name = name.removeprefix("base_model.model.").replace(".default.weight", "")
-                parameter.copy_(matrices[name])
-    steps["peft"] = tuned_step(theirs, batch)
-    steps["bare"] = bare_step(load_base()[0].train(), batch)
-    return steps
+    trainable = [sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (ours, theirs)]
+    assert trainable[0] == trainable[1], trainable
+    return {
+        "minipeft": tuned_step(ours, batch),
+        "peft": tuned_step(theirs, batch),
+        "bare": bare_step(load_base()[0].train(), batch),
+    }
 
 
 def peak_bytes(step, device):
@@ -148,60 +175,62 @@ def interval(values, rng, draws=2000):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Ratios of one LoRA training step.")
+    parser = argparse.ArgumentParser(description="Ratios of one training step.")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--batch", type=int, default=4, help="rows")
     parser.add_argument("--seq", type=int, default=64, help="tokens in a row")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     options = parser.parse_args()
     device, rng = pick_device(), random.Random(options.seed)
     torch.manual_seed(options.seed)
     ids = torch.randint(100, 40_000, (options.batch, options.seq), device=device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    steps = contenders(batch, options.seed)
-    for step in steps.values():  # warm up; the optimiser makes its state here
-        step()
-    peaks = {name: peak_bytes(step, device) for name, step in steps.items()}
-    rounds = []
-    for _ in tqdm(range(options.rounds), unit="round"):
-        names = list(steps)
-        rng.shuffle(names)
-        rounds.append({name: seconds(steps[name], device) for name in names})
-    today = datetime.date.today().isoformat()
     kind = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    print(
-        f"\n{today}, {kind}, {torch.get_num_threads()} threads, {versions}, peft {peft.__version__}"
-        f"; batch {options.batch} x {options.seq}, {options.rounds} rounds, seed {options.seed}\n"
-    )
-    print("| minipeft's LoRA against | step time (95 % interval) | peak memory of the step |")
-    print("|---|---|---|")
-    for name in ("peft", "bare"):
-        ratios = [row["minipeft"] / row[name] for row in rounds]
-        low, high = interval(ratios, rng)
-        label = {"peft": "HF peft", "bare": "the bare forward and input gradient"}[name]
-        memory = peaks["minipeft"] / peaks[name]
-        print(f"| {label} | {median(ratios):.2f} ({low:.2f} to {high:.2f}) | {memory:.3f} |")
+    run = {
+        "date": datetime.date.today().isoformat(),
+        "device": kind,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "batch": options.batch,
+        "seq": options.seq,
+        "seed": options.seed,
+    }
+    print(", ".join(f"{name} {value}" for name, value in run.items()), f"{options.rounds} rounds")
+    rows, table = [], []
+    for method in options.methods:
+        steps = contenders(method, batch)
+        for step in steps.values():  # warm up; the optimiser makes its state here
+            step()
+        peaks = {name: peak_bytes(step, device) for name, step in steps.items()}
+        rounds = []
+        for _ in tqdm(range(options.rounds), unit="round", desc=method):
+            names = list(steps)
+            rng.shuffle(names)
+            rounds.append({name: seconds(steps[name], device) for name in names})
+        rows += [
+            [*run.values(), method, i, name, f"{value:.4f}", peaks[name]]
+            for i, row in enumerate(rounds)
+            for name, value in row.items()
+        ]
+        line = f"| {method} |"
+        for name in ("peft", "bare"):
+            ratios = [row["minipeft"] / row[name] for row in rounds]
+            low, high = interval(ratios, rng)
+            line += f" {median(ratios):.2f} ({low:.2f} to {high:.2f}) |"
+            line += f" {peaks['minipeft'] / peaks[name]:.3f} |"
+        table.append(line)
+    print("\n| method | step time to HF peft | peak memory | step time to bare | peak memory |")
+    print("|---|---|---|---|---|", *table, sep="\n")
     folder = ROOT / "benchmarks" / "results"
     folder.mkdir(exist_ok=True)
     path = folder / f"step-{device.type}.csv"
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
-        run = {
-            "date": today,
-            "device": kind,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "peft": peft.__version__,
-            "batch": options.batch,
-            "seq": options.seq,
-            "seed": options.seed,
-        }
-        writer.writerow([*run, "round", "contender", "seconds", "peak_bytes"])
-        for i, row in enumerate(rounds):
-            for name, value in row.items():
-                writer.writerow([*run.values(), i, name, f"{value:.4f}", peaks[name]])
+        writer.writerow([*run, "method", "round", "contender", "seconds", "peak_bytes"])
+        writer.writerows(rows)
     print(f"\nraw rounds: {path.relative_to(ROOT)}")
 
 

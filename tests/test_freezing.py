@@ -215,6 +215,13 @@ def test_norms_are_told_by_type():
     class Renamed(torch.nn.LayerNorm):
         pass
 
+    class PreNorm(torch.nn.Module):  # a norm and what follows it
+        def __init__(self):
+            super().__init__()
+            self.inner, self.after = torch.nn.LayerNorm(3), torch.nn.Linear(3, 3)
+
+    wrapped = only_norms(torch.nn.Sequential(PreNorm()))
+    assert trainables(wrapped) == {"0.inner.weight", "0.inner.bias"}
     model = torch.nn.ModuleDict(
         {"a": OddRMSNorm(), "b": Renamed(3), "norm": torch.nn.Linear(3, 3, bias=False)}
     )

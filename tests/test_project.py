@@ -58,7 +58,7 @@ def test_conda_pip_and_make_install_the_same_project():
 
 def test_every_make_target_that_the_readme_names_exists():
     makefile = (ROOT / "Makefile").read_text()
-    named = set(re.findall(r"(?:^|`)make ([a-z]+)", README, re.M))
+    named = set(re.findall(r"(?:^|`)make ([a-z-]+)", README, re.M))
     assert {"lab", "test"} <= named
     for target in named:
         assert re.search(rf"^{target}:", makefile, re.M), f"the README names make {target}"

@@ -1,0 +1,294 @@
+"""Wrong answers to exercise 06: (check, source of the answer, part of the message expected)."""
+
+_START = """
+def start_rows(model, tokenizer, n):
+    special = set(tokenizer.all_special_ids)
+    ordinary = torch.tensor([i for i in range(len(tokenizer)) if i not in special])
+    ids = ordinary[torch.randint(len(ordinary), (n,))]
+    return model.get_input_embeddings().weight.detach()[ids].float()
+"""
+
+_GREEDY = """
+@torch.no_grad()
+def greedy(model, prompt, input_ids, attention_mask, steps):
+    words = model.get_input_embeddings()(input_ids)
+    inputs = torch.cat([prompt.to(words.dtype).expand(len(words), -1, -1), words], 1)
+    mask = extend_mask(attention_mask, len(prompt))
+    cache, new = None, []
+    for _ in range(steps):
+        output = model(
+            inputs_embeds=inputs,
+            attention_mask=mask,
+            position_ids=positions(mask)[:, -inputs.shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache = output.past_key_values
+        new.append(output.logits[:, -1].argmax(-1))
+        inputs = model.get_input_embeddings()(new[-1][:, None])
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+    return torch.stack(new, 1)
+"""
+
+_TUNED = """
+class PromptTuned(nn.Module):
+    def __init__(self, model, prompt):
+        super().__init__()
+        self.model = model.requires_grad_(False)
+        dtype = torch.promote_types(prompt.dtype, torch.float32)
+        self.prompt = nn.Parameter(prompt.detach().to(dtype, copy=True))
+
+    def forward(self, input_ids, attention_mask, labels=None):
+        n = len(self.prompt)
+        words = self.model.get_input_embeddings()(input_ids)
+        prompt = self.prompt.to(words.dtype).expand(len(words), -1, -1)
+        mask = extend_mask(attention_mask, n)
+        output = self.model(
+            inputs_embeds=torch.cat([prompt, words], 1),
+            attention_mask=mask,
+            position_ids=positions(mask),
+            labels=None if labels is None else extend_labels(labels, n),
+        )
+        output.logits = output.logits[:, n:]
+        return output
+"""
+
+
+def _changed(text, *pairs):
+    for old, new in pairs:
+        assert old in text, old
+        text = text.replace(old, new)
+    return text
+
+
+def _start(*pairs):
+    return _changed(_START, *pairs)
+
+
+def _greedy(*pairs):
+    return _changed(_GREEDY, *pairs)
+
+
+def _tuned(*pairs):
+    return _changed(_TUNED, *pairs)
+
+
+def _labels(expression):
+    return f"def extend_labels(labels, n):\n    return {expression}"
+
+
+def _mask(expression):
+    return f"def extend_mask(attention_mask, n):\n    return {expression}"
+
+
+def _positions(expression):
+    return f"def positions(attention_mask):\n    return {expression}"
+
+
+ORDINARY = "[i for i in range(len(tokenizer)) if i not in special]"
+PICKED = "ordinary[torch.randint(len(ordinary), (n,))]"
+ROWS = "model.get_input_embeddings().weight.detach()[ids].float()"
+PARAMETER = "nn.Parameter(prompt.detach().to(dtype, copy=True))"
+GROWS = "        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)\n"
+CALL_POSITIONS = "            position_ids=positions(mask)[:, -inputs.shape[1] :],\n"
+LAST = "model.get_input_embeddings()(new[-1][:, None])"
+
+WRONG = [
+    ("extend_labels", _labels("pad(labels, (0, n), value=-100)"), "too early"),
+    ("extend_labels", _labels("labels"), "as long as they came in"),
+    ("extend_labels", _labels("pad(labels, (n, 0))"), "has the label 0"),
+    ("extend_labels", _labels("pad(labels[:, :1], (n - 1, 0), value=-100)"), "became (2, 3)"),
+    (
+        "extend_labels",
+        _labels("torch.cat([torch.full((len(labels), n), -100.0), labels], 1)"),
+        "these are torch.float32",
+    ),
+    ("extend_labels", _labels("pad(labels[:, 1:], (n, 1), value=-100)"), "off by one"),
+    ("extend_labels", _labels("pad(labels.roll(2, 1), (n, 0), value=-100)"), "no longer what"),
+    (
+        "extend_labels",
+        _labels("pad(labels.fill_(-100), (n, 0), value=-100)"),
+        "that came in were changed",
+    ),
+    ("extend_labels", _labels("pad(labels, (n, 0), value=-100).tolist()"), "this is a list"),
+    ("extend_mask", _mask("attention_mask"), "blind for the last n tokens"),
+    ("extend_mask", _mask("pad(attention_mask, (n, 0))"), "virtual tokens are masked"),
+    (
+        "extend_mask",
+        _mask("torch.cat([torch.ones(len(attention_mask), n), attention_mask], 1)"),
+        "came out as torch.float32",
+    ),
+    ("extend_mask", _mask("pad(attention_mask, (0, n), value=1)"), "stand behind the text"),
+    (
+        "extend_mask",
+        _mask("torch.ones(len(attention_mask), n + attention_mask.shape[1]).long()"),
+        "all ones",
+    ),
+    ("extend_mask", _mask("pad(attention_mask, (1, 0), value=1)"), "became (2, 7)"),
+    ("start_rows", _start((ROWS, "model.get_input_embeddings().weight[:n]")), "share its memory"),
+    (
+        "start_rows",
+        _start((ROWS, "model.get_input_embeddings().weight[:n].detach().clone()")),
+        "begin with special tokens",
+    ),
+    ("start_rows", _start((".detach()", "")), "hang on the graph"),
+    ("start_rows", _start((ORDINARY, "range(len(tokenizer))")), "is the special token"),
+    (
+        "start_rows",
+        _start((ROWS, "torch.randn(n, model.config.hidden_size) * 0.02")),
+        "no rows of the embedding table",
+    ),
+    ("start_rows", _start((PICKED, "ordinary[:n]")), "nothing is drawn at random"),
+    (
+        "start_rows",
+        _start((PICKED, "ordinary[torch.randint(len(ordinary), (n,), generator=new())]"))
+        + "\ndef new():\n    g = torch.Generator()\n    g.seed()\n    return g\n",
+        "nobody can repeat",
+    ),
+    (
+        "start_rows",
+        _start((PICKED, "ordinary[torch.randint(len(ordinary), (1,))].expand(n)")),
+        "one and the same token",
+    ),
+    ("start_rows", _start(("len(ordinary), (n,)", "50, (n,)")), "part of it is never drawn"),
+    (
+        "start_rows",
+        _start((ORDINARY, "[i for i in range(model.config.vocab_size) if i not in special]")),
+        "rows of no token",
+    ),
+    ("start_rows", _start((".float()", "")), "the vectors are not float32"),
+    ("start_rows", _start((ROWS, "ids")), "not (8, 32)"),
+    (
+        "positions",
+        _positions("torch.arange(attention_mask.shape[1]).expand_as(attention_mask)"),
+        "the padding is counted",
+    ),
+    ("positions", _positions("attention_mask.cumsum(-1)"), "Models count from 0"),
+    ("positions", _positions("attention_mask.float().cumsum(-1) - 1"), "not torch.float32"),
+    (
+        "positions",
+        _positions(
+            "torch.cat([torch.arange(2).expand(2, -1), attention_mask[:, 2:].cumsum(-1) - 1], 1)"
+        ),
+        "begins at 0 again",
+    ),
+    (
+        "positions",
+        _positions("(attention_mask.cumsum(-1) - 1).masked_fill(attention_mask == 0, -1)"),
+        "no table has it",
+    ),
+    ("positions", _positions("torch.arange(attention_mask.shape[1])"), "positions of (8,)"),
+    ("positions", _positions("attention_mask - 1"), "have the positions"),
+    (
+        "greedy",
+        _greedy(
+            (
+                LAST,
+                "torch.cat([prompt.expand(len(mask), -1, -1), "
+                "model.get_input_embeddings()(new[-1][:, None])], 1)",
+            ),
+            (GROWS, "        mask = pad(mask, (0, len(prompt) + 1), value=1)\n"),
+        ),
+        "again at every step",
+    ),
+    ("greedy", _greedy((GROWS, "")), "What grows with each step"),
+    (
+        "greedy",
+        _greedy(
+            (CALL_POSITIONS, ""),
+        ),
+        "left-padded one is not",
+    ),
+    ("greedy", _greedy(("past_key_values=cache", "past_key_values=None")), "know one token alone"),
+    (
+        "greedy",
+        _greedy(
+            ("past_key_values=cache", "past_key_values=None"),
+            (f"inputs = {LAST}", f"inputs = torch.cat([inputs, {LAST}], 1)"),
+        ),
+        "Hand the cache on",
+    ),
+    (
+        "greedy",
+        _greedy(("torch.stack(new, 1)", "torch.cat([input_ids, torch.stack(new, 1)], 1)")),
+        "return the new ones alone",
+    ),
+    (
+        "greedy",
+        _greedy(("range(steps)", "range(steps + 1)"), ("stack(new, 1)", "stack(new[1:], 1)")),
+        "The first new token is missing",
+    ),
+    ("greedy", _greedy(("stack(new, 1)", "stack(new[1:], 1)")), "the result is (2, 5)"),
+    ("greedy", _greedy((".argmax(-1))", ".argmin(-1))")), "is not the likeliest one"),
+    (
+        "greedy",
+        _greedy(
+            (
+                "inputs = torch.cat([prompt.to(words.dtype).expand(len(words), -1, -1), words], 1)",
+                "inputs = words",
+            ),
+            ("extend_mask(attention_mask, len(prompt))", "attention_mask"),
+        ),
+        "prompt and text are 10",
+    ),
+    (
+        "greedy",
+        _greedy(
+            (
+                "=positions(mask)[:, -inputs.shape[1] :]",
+                "=positions(mask)[:, -inputs.shape[1] :] - len(prompt)",
+            )
+        ),
+        "has no such position",
+    ),
+    ("prompt_tuned", _tuned((".requires_grad_(False)", "")), "it is fine-tuning that does it"),
+    ("prompt_tuned", _tuned((PARAMETER, "prompt.clone()")), "is no nn.Parameter"),
+    ("prompt_tuned", _tuned((PARAMETER, "nn.Parameter(prompt)")), "copy them"),
+    (
+        "prompt_tuned",
+        _tuned((PARAMETER, "nn.Parameter(torch.zeros_like(prompt))")),
+        "as the vectors that were given",
+    ),
+    ("prompt_tuned", _tuned(("        output.logits = output.logits[:, n:]\n", "")), "still there"),
+    ("prompt_tuned", _tuned(("logits[:, n:]", "logits[:, :-n]")), "cut at the wrong end"),
+    (
+        "prompt_tuned",
+        _tuned(("position_ids=positions(mask)", "position_ids=torch.arange(mask.shape[1])[None]")),
+        "padded on the left",
+    ),
+    (
+        "prompt_tuned",
+        _tuned(
+            ("inputs_embeds=torch.cat([prompt, words], 1)", "input_ids=input_ids"),
+            ("attention_mask=mask", "attention_mask=attention_mask"),
+            ("            position_ids=positions(mask),\n", ""),
+            ("extend_labels(labels, n)", "labels"),
+            ("        output.logits = output.logits[:, n:]\n", ""),
+        ),
+        "without any prompt",
+    ),
+    (
+        "prompt_tuned",
+        _tuned(
+            ("attention_mask=mask", "attention_mask=attention_mask"),
+        ),
+        "as long as the row",
+    ),
+    (
+        "prompt_tuned",
+        _tuned(("extend_labels(labels, n)", "pad(labels, (0, n), value=-100)")),
+        "Which logits meet which labels",
+    ),
+    (
+        "prompt_tuned",
+        _tuned(("else extend_labels(labels, n)", "else labels")),
+        "forward fails on tiny-llama",
+    ),
+    ("prompt_tuned", _tuned(("self.prompt.to", "self.prompt.detach().to")), "gradient arrives"),
+    (
+        "prompt_tuned",
+        _tuned(("torch.promote_types(prompt.dtype, torch.float32)", "prompt.dtype")),
+        "the prompt is torch.bfloat16",
+    ),
+    ("prompt_tuned", _tuned((".to(words.dtype)", "")), "forward fails on a bfloat16 model"),
+]

@@ -1,0 +1,270 @@
+"""Wrong answers to exercise 08: (check, source of the answer, part of the message expected)."""
+
+_ATTENTION = """
+import torch
+
+def prefix_attention(q, k, v, prefix_k, prefix_v, mask):
+    batch, heads, seq, head_dim = q.shape
+    kv_heads, n, _ = prefix_k.shape
+    k = torch.cat([prefix_k.expand(batch, -1, -1, -1), k], 2)
+    v = torch.cat([prefix_v.expand(batch, -1, -1, -1), v], 2)
+    k = k.repeat_interleave(heads // kv_heads, 1)
+    v = v.repeat_interleave(heads // kv_heads, 1)
+    text = torch.ones(seq, seq).tril().bool() & mask.bool()[:, None, None, :]
+    seen = torch.cat([text.new_ones(batch, 1, seq, n), text], 3)
+    scores = q @ k.mT / head_dim**0.5
+    scores = scores.masked_fill(~seen, -torch.inf)
+    return scores.softmax(-1) @ v
+"""
+
+_SPLIT = """
+def split(table, config):
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    parts = table.view(len(table), config.num_hidden_layers, 2, kv_heads, head_dim)
+    parts = parts.permute(1, 2, 3, 0, 4)
+    return [(layer[0], layer[1]) for layer in parts]
+"""
+
+_LENGTHEN = """
+import torch
+
+def lengthen(mask, n):
+    mask = torch.cat([mask.new_ones(len(mask), n), mask], 1)
+    positions = mask.cumsum(-1) - 1
+    return mask, positions[:, n:]
+"""
+
+_PROJECTION = """
+import torch
+from torch import nn
+
+class Projection(nn.Module):
+    def __init__(self, n, layers, width, hidden):
+        super().__init__()
+        self.embedding = nn.Embedding(n, width)
+        self.first = nn.Linear(width, hidden)
+        self.second = nn.Linear(hidden, layers * 2 * width)
+
+    def forward(self):
+        return self.second(torch.tanh(self.first(self.embedding.weight)))
+"""
+
+_COUNT = """
+def count(config, n, hidden=None):
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    width = kv_heads * head_dim
+    row = config.num_hidden_layers * 2 * width
+    if hidden is None:
+        return n * row
+    return n * width + (width + 1) * hidden + (hidden + 1) * row
+"""
+
+
+def _edit(source, *pairs):
+    for old, new in zip(pairs[::2], pairs[1::2], strict=True):
+        assert old in source, old
+        source = source.replace(old, new)
+    return source
+
+
+def _fold(body):
+    return f"import torch\nfrom torch import nn\n\ndef fold(projection):\n    {body}\n"
+
+
+PUT_K = "torch.cat([prefix_k.expand(batch, -1, -1, -1), k], 2)"
+PUT_V = "torch.cat([prefix_v.expand(batch, -1, -1, -1), v], 2)"
+END_K = "torch.cat([k, prefix_k.expand(batch, -1, -1, -1)], 2)"
+END_V = "torch.cat([v, prefix_v.expand(batch, -1, -1, -1)], 2)"
+SEEN = "torch.cat([text.new_ones(batch, 1, seq, n), text], 3)"
+SOFTMAX = "scores.softmax(-1) @ v"
+APART = "scores[..., :n].softmax(-1) @ v[:, :, :n] + scores[..., n:].softmax(-1) @ v[:, :, n:]"
+MASK = "torch.cat([mask.new_ones(len(mask), n), mask], 1)"
+BOTH = "n * width + (width + 1) * hidden + (hidden + 1) * row"
+NO_KV_HEADS = 'getattr(config, "num_key_value_heads", None) or heads'
+NO_HEAD_DIM = 'getattr(config, "head_dim", None) or config.hidden_size // heads'
+VIEW = "table.view(len(table), config.num_hidden_layers, 2, kv_heads, head_dim)"
+PERMUTED = "parts = parts.permute(1, 2, 3, 0, 4)"
+
+WRONG = [
+    # The whole square is causal, counted from its upper left corner, as is_causal=True does.
+    (
+        "prefix_attention",
+        _edit(
+            _ATTENTION,
+            SEEN,
+            "torch.ones(seq, n + seq).tril().bool() & "
+            "torch.cat([mask.new_ones(batch, n), mask], 1).bool()[:, None, None, :]",
+        ),
+        "never in the future",
+    ),
+    (
+        "prefix_attention",
+        _edit(_ATTENTION, PUT_K, END_K, PUT_V, END_V),
+        "in the order of the keys",
+    ),
+    ("prefix_attention", _edit(_ATTENTION, "seen = " + SEEN, "seen = text"), "An error"),
+    (
+        "prefix_attention",
+        _edit(_ATTENTION, "text.new_ones(", "text.new_zeros("),
+        "No token sees the prefix",
+    ),
+    ("prefix_attention", _edit(_ATTENTION, " / head_dim**0.5", ""), "are not divided"),
+    ("prefix_attention", _edit(_ATTENTION, "head_dim**0.5", "head_dim"), "not by its square root"),
+    (
+        "prefix_attention",
+        _edit(_ATTENTION, ".repeat_interleave(heads // kv_heads, 1)",
+              ".repeat(1, heads // kv_heads, 1, 1)"),
+        "stand side by side",
+    ),
+    ("prefix_attention", _edit(_ATTENTION, SOFTMAX, APART), "a softmax each"),
+    (
+        "prefix_attention",
+        _edit(_ATTENTION, "prefix_k.expand", "prefix_v .expand", "prefix_v.expand",
+              "prefix_k.expand"),
+        "prefix are swapped",
+    ),
+    (
+        "prefix_attention",
+        _edit(_ATTENTION, " & mask.bool()[:, None, None, :]",
+              ".logical_and(torch.ones(batch, 1, 1, seq))"),
+        "Padding is seen",
+    ),
+    (
+        "prefix_attention",
+        _edit(_ATTENTION, "    scores = q",
+              "    q = torch.cat([q.new_zeros(batch, heads, n, head_dim), q], 2)\n"
+              "    seen = torch.cat([seen.new_ones(batch, 1, n, n + seq), seen], 2)\n"
+              "    scores = q"),
+        "no queries",
+    ),
+    ("prefix_attention", _edit(_ATTENTION, ".tril()", ".tril(-1)"), "does not see itself"),
+    (
+        "prefix_attention",
+        _edit(_ATTENTION, SOFTMAX,
+              "torch.cat([scores[..., :n] * 0, scores[..., n:]], 3).softmax(-1) @ v"),
+        "have no say",
+    ),
+    ("split", _edit(_SPLIT, NO_KV_HEADS, "heads"), "which of these numbers make up a row"),
+    (
+        "split",
+        _edit(_SPLIT, NO_KV_HEADS, "heads", "kv_heads, head_dim)", "kv_heads, -1)"),
+        "The parts have 4 heads",
+    ),
+    ("split", _edit(_SPLIT, PERMUTED, "parts = parts.permute(1, 2, 0, 3, 4)"), "their order is"),
+    (
+        "split",
+        _edit(_SPLIT, VIEW, "table.view(config.num_hidden_layers, 2, kv_heads, -1, head_dim)",
+              PERMUTED, ""),
+        "virtual tokens are mixed",
+    ),
+    ("split", _edit(_SPLIT, "(layer[0], layer[1])", "(layer[1], layer[0])"), "values are swapped"),
+    (
+        "split",
+        _edit(_SPLIT, "config.num_hidden_layers, 2,", "2, config.num_hidden_layers,",
+              "(1, 2, 3, 0, 4)", "(2, 1, 3, 0, 4)"),
+        "keys of all layers first",
+    ),
+    (
+        "split",
+        _edit(_SPLIT, "kv_heads, head_dim)", "head_dim, kv_heads)", "(1, 2, 3, 0, 4)",
+              "(1, 2, 4, 0, 3)"),
+        "not every second one",
+    ),
+    ("split", _edit(_SPLIT, "in parts]", "in parts.flip(0)]"), "reverse order"),
+    ("split", _edit(_SPLIT, VIEW, VIEW.replace("table", "table.detach()", 1)), "No gradient"),
+    ("split", _edit(_SPLIT, NO_KV_HEADS, "config.num_key_value_heads"), "a configuration of GPT-2"),
+    ("split", _edit(_SPLIT, "in parts]", "in parts[:1]]"), "for each of the 3 layers"),
+    ("lengthen", _edit(_LENGTHEN, "return mask, positions[:, n:]",
+                       "return mask, positions[:, n:] - n"), "at position 0"),
+    ("lengthen", _edit(_LENGTHEN, "mask.cumsum(-1) - 1", "mask.cumsum(-1)"), "one too far"),
+    (
+        "lengthen",
+        _edit(_LENGTHEN, "mask.cumsum(-1) - 1", "torch.arange(mask.shape[1]).expand_as(mask)"),
+        "columns of padding on the left",
+    ),
+    ("lengthen", _edit(_LENGTHEN, "positions[:, n:]", "positions"), "for each virtual token too"),
+    ("lengthen", _edit(_LENGTHEN, "mask.new_ones(", "torch.ones("), "floating-point"),
+    ("lengthen", _edit(_LENGTHEN, "mask.new_ones(", "mask.new_zeros("), "hides the prefix"),
+    (
+        "lengthen",
+        _edit(_LENGTHEN, MASK, "torch.cat([mask, mask.new_ones(len(mask), n)], 1)"),
+        "behind those of the text",
+    ),
+    (
+        "lengthen",
+        _edit(_LENGTHEN, f"mask = {MASK}\n    positions = mask", "positions = n + mask",
+              "positions[:, n:]", "positions"),
+        "still has 5 columns",
+    ),
+    (
+        "lengthen",
+        _edit(_LENGTHEN, "positions[:, n:]", "positions[:, n:].masked_fill(mask[:, n:] == 0, -1)"),
+        "outside the range",
+    ),
+    (
+        "projection",
+        _edit(_PROJECTION, "torch.tanh(self.first(self.embedding.weight))",
+              "self.first(self.embedding.weight)"),
+        "one linear layer written as two",
+    ),
+    (
+        "projection",
+        _edit(_PROJECTION, "self.second(torch.tanh(self.first(self.embedding.weight)))",
+              "torch.tanh(self.second(self.first(self.embedding.weight)))"),
+        "The tanh comes last",
+    ),
+    ("projection", _edit(_PROJECTION, "torch.tanh", "torch.relu"), "That is a ReLU"),
+    ("projection", _edit(_PROJECTION, "layers * 2 * width", "layers * width"), "there are both"),
+    (
+        "projection",
+        _edit(_PROJECTION, "nn.Embedding(n, width)", "nn.Embedding(n, layers * 2 * width)",
+              "nn.Linear(width, hidden)", "nn.Linear(layers * 2 * width, hidden)"),
+        "It is not yet the table",
+    ),
+    (
+        "projection",
+        _edit(_PROJECTION, "self.embedding.weight)", "self.embedding.weight.detach())"),
+        "arrives at embedding.weight",
+    ),
+    (
+        "projection",
+        _edit(_PROJECTION, "nn.Linear(width, hidden)", "nn.Linear(width, hidden, bias=False)"),
+        "has no bias",
+    ),
+    ("fold", _fold("return projection()"), "hangs on the graph"),
+    ("fold", _fold("return projection().detach()"), "Return an nn.Parameter"),
+    ("fold", _fold("return projection.embedding.weight"), "That is the embedding"),
+    (
+        "fold",
+        _fold("return nn.Parameter(projection().detach(), requires_grad=False)"),
+        "does not require grad",
+    ),
+    (
+        "fold",
+        _fold("projection.requires_grad_(False)\n    return nn.Parameter(projection())"),
+        "has frozen the projection",
+    ),
+    (
+        "fold",
+        _fold("return nn.Parameter(projection.first(projection.embedding.weight).detach())"),
+        "not the table that the projection gives",
+    ),
+    ("count", _edit(_COUNT, "num_hidden_layers * 2 *", "num_hidden_layers *"), "keys or values"),
+    ("count", _edit(_COUNT, "config.num_hidden_layers * 2", "2"), "Only one layer"),
+    ("count", _edit(_COUNT, NO_KV_HEADS, "heads"), "4 query heads share 2"),
+    ("count", _edit(_COUNT, NO_HEAD_DIM, "config.hidden_size // heads"), "a head_dim of its own"),
+    ("count", _edit(_COUNT, "if hidden is None:", "if True:"), "the same is counted"),
+    ("count", _edit(_COUNT, "n * width +", "n * row +"), "the table itself is no parameter"),
+    ("count", _edit(_COUNT, "n * width + ", ""), "The embedding of the projection"),
+    ("count", _edit(_COUNT, BOTH, "n * width + width * hidden + hidden * row"), "The biases"),
+    ("count", _edit(_COUNT, "(hidden + 1) * row", "(hidden + 1) * row * n"), "not one for each"),
+    (
+        "count",
+        _edit(_COUNT, NO_KV_HEADS, "config.num_key_value_heads"),
+        "a configuration of Bloom",
+    ),
+]  # fmt: skip
