@@ -45,11 +45,15 @@ check: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Two test processes, each with half of the cores: small models keep one core busy, not two.
+IN_PAIRS = OMP_NUM_THREADS=$$($(BIN)/python -c "import os; print(max(1, os.cpu_count() // 2))") \
+  $(BIN)/python -m pytest -n 2
+
 unit: $(VENV)/test.stamp
-	$(BIN)/python -m pytest tests
+	$(IN_PAIRS) --dist worksteal tests
 
 nbval: $(VENV)/test.stamp
-	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=900 \
+	$(IN_PAIRS) --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=900 \
 	  --durations=0 notebooks solutions
 
 # Run every notebook and keep its outputs; commit what comes out.

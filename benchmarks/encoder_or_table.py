@@ -1,18 +1,18 @@
-"""P-tuning's encoder against the plain table it starts as, and in front against in a template.
+"""P-tuning's encoders against the plain tables they start as, and in front against in a template.
 
     python benchmarks/encoder_or_table.py [--runs 99]
 
-Three ways to train 10 virtual tokens on the same batches of reviews:
+Five ways to train 10 virtual tokens on the same batches of reviews:
 
-  lstm       the LSTM encoder, in front of the text
-  table      the vectors that this encoder gives before any step, as a plain table: it begins as the
-             same function, and only the parametrisation differs
-  template   the same encoder at the same start, with the tokens spread over a template
+  lstm, mlp   the encoder, in front of the text
+  lstm_table, mlp_table
+              the vectors that this encoder gives before any step, as a plain table: it begins as
+              the same function, and only the parametrisation differs
+  template    the MLP encoder at the same start, with the tokens spread over a template
 
-First each learning rate of a grid, with seed 0, for lstm and table. Then each at its own best rate
-with seeds 1 and 2, and the template at the encoder's rate with all three. The seed draws the
-encoder and the order of the reviews. The best rate has the lowest loss on 64 validation reviews
-after the last step.
+First each learning rate of a grid, with seed 0. Then each at its own best rate with seeds 1 and 2,
+and the template at the MLP encoder's rate with all three. The seed draws the encoder and the order
+of the reviews. The best rate has the lowest loss on 64 validation reviews after the last step.
 
 One row for each step goes to results/encoder-or-table.csv; step 0 is before training. Runs that are
 in it already are not made again, so the script may be stopped and started at will; delete the file
@@ -42,8 +42,10 @@ from minipeft.p_tuning import add_p_tuning, fold_p_tuning
 
 RESULT = Path(__file__).parent / "results" / "encoder-or-table.csv"
 GRID = {
-    "lstm": (0.0003, 0.001, 0.003),
-    "table": (0.01, 0.03, 0.1),
+    "lstm": (0.0003, 0.001, 0.003, 0.01, 0.03),
+    "lstm_table": (0.01, 0.03, 0.1, 0.3),
+    "mlp": (0.0003, 0.001, 0.003),
+    "mlp_table": (0.01, 0.03, 0.1),
 }
 SEEDS, STEPS, EVERY, TOKENS = (0, 1, 2), 32, 16, 10
 HOLE = "<v>"
@@ -61,8 +63,9 @@ def run(form, lr, seed):
     tokenizer.add_tokens([HOLE], special_tokens=True)
     place = tokenizer.convert_tokens_to_ids(HOLE) if form == "template" else None
     torch.manual_seed(seed)
-    add_p_tuning(model, TOKENS, placeholder_id=place)
-    if form == "table":
+    kind = "lstm" if form.startswith("lstm") else "mlp"
+    add_p_tuning(model, TOKENS, kind, placeholder_id=place)
+    if form.endswith("table"):
         fold_p_tuning(model)
     reviews, collate = load_reviews(), Collator(tokenizer.pad_token_id)
 
@@ -109,8 +112,8 @@ def todo(rows):
     if set(wanted) <= done:
         best = {form: best_rate(form, rows) for form in GRID}
         for seed in SEEDS:
+            wanted.append(("template", best["mlp"], seed))
             wanted += [(form, best[form], seed) for form in GRID]
-            wanted.append(("template", best["lstm"], seed))
     return next((one for one in wanted if one not in done), None)
 
 

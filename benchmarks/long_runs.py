@@ -43,9 +43,9 @@ TEXT = "Is this film review positive or negative?"
 # {(method, setting): (learning rate, steps, what makes the model ready)}. The rates are the best of
 # two or three that were tried for 40 steps with seed 0.
 RUNS = {
-    ("prompt_tuning", "n=10 text"): (3e-2, 60, lambda m: add_prompt_tuning(m, 10, "text", TEXT)),
+    ("prompt_tuning", "n=10 text"): (1e-2, 150, lambda m: add_prompt_tuning(m, 10, "text", TEXT)),
     ("prefix_tuning", "n=10 text"): (1e-2, 60, lambda m: add_prefix_tuning(m, 10, text=TEXT)),
-    ("p_tuning", "n=10 lstm"): (2e-3, 120, add_p_tuning),
+    ("p_tuning", "n=10 lstm"): (5e-4, 150, add_p_tuning),
     ("p_tuning_v2", "key_value n=10"): (1e-2, 60, add_p_tuning_v2),
     ("p_tuning_v2", "hidden n=10"): (1e-2, 60, lambda m: add_p_tuning_v2(m, 10, "hidden")),
     ("prefix_tuning", "n=10 projection"): (3e-3, 60, lambda m: add_prefix_tuning(m, 10, True)),
