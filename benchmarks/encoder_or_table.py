@@ -21,11 +21,9 @@ to begin anew.
 
 import argparse
 import csv
-import datetime
 from pathlib import Path
 
 import torch
-import transformers
 from transformers.utils import logging
 
 from minipeft import (
@@ -35,15 +33,15 @@ from minipeft import (
     evaluate,
     load_base,
     load_reviews,
-    pick_device,
     train,
 )
 from minipeft.p_tuning import add_p_tuning, fold_p_tuning
+from this_machine import this_machine
 
 RESULT = Path(__file__).parent / "results" / "encoder-or-table.csv"
 GRID = {
     "lstm": (0.0003, 0.001, 0.003, 0.01, 0.03),
-    "lstm_table": (0.01, 0.03, 0.1, 0.3),
+    "lstm_table": (0.01, 0.03, 0.1, 0.3, 1.0),
     "mlp": (0.0003, 0.001, 0.003),
     "mlp_table": (0.01, 0.03, 0.1),
 }
@@ -111,9 +109,9 @@ def todo(rows):
     wanted = [(form, lr, 0) for form, rates in GRID.items() for lr in rates]
     if set(wanted) <= done:
         best = {form: best_rate(form, rows) for form in GRID}
-        for seed in SEEDS:
-            wanted.append(("template", best["mlp"], seed))
-            wanted += [(form, best[form], seed) for form in GRID]
+        best["template"] = best["mlp"]
+        for group in (("template", "mlp", "mlp_table"), ("lstm", "lstm_table")):
+            wanted += [(form, best[form], seed) for seed in SEEDS for form in group]
     return next((one for one in wanted if one not in done), None)
 
 
@@ -122,14 +120,7 @@ def main():
     parser.add_argument("--runs", type=int, default=99, help="stop after so many runs")
     options = parser.parse_args()
     logging.set_verbosity_error()
-    device = pick_device()
-    where = {
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    where = this_machine()
     columns = [*where, "form", "lr", "seed", "step", "train_loss", "valid_loss"]
     RESULT.parent.mkdir(exist_ok=True)
     for _ in range(options.runs):

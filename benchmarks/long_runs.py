@@ -11,12 +11,10 @@ not repeated. The notebooks draw their curves from that file.
 
 import argparse
 import csv
-import datetime
 import time
 from pathlib import Path
 
 import torch
-import transformers
 
 from minipeft import (
     Batches,
@@ -31,9 +29,9 @@ from minipeft import (
     encode,
     load_base,
     load_reviews,
-    pick_device,
     train,
 )
+from this_machine import this_machine
 
 RESULTS = Path(__file__).resolve().parent / "results" / "long-runs.csv"
 COLUMNS = """date device threads torch transformers method setting lr seed step examples
@@ -45,7 +43,8 @@ TEXT = "Is this film review positive or negative?"
 RUNS = {
     ("prompt_tuning", "n=10 text"): (1e-2, 150, lambda m: add_prompt_tuning(m, 10, "text", TEXT)),
     ("prefix_tuning", "n=10 text"): (1e-2, 60, lambda m: add_prefix_tuning(m, 10, text=TEXT)),
-    ("p_tuning", "n=10 lstm"): (5e-4, 150, add_p_tuning),
+    ("p_tuning", "n=10 lstm"): (1e-2, 60, add_p_tuning),
+    ("p_tuning", "n=10 mlp"): (1e-3, 60, lambda m: add_p_tuning(m, 10, "mlp")),
     ("p_tuning_v2", "key_value n=10"): (1e-2, 60, add_p_tuning_v2),
     ("p_tuning_v2", "hidden n=10"): (1e-2, 60, lambda m: add_p_tuning_v2(m, 10, "hidden")),
     ("prefix_tuning", "n=10 projection"): (3e-3, 60, lambda m: add_prefix_tuning(m, 10, True)),
@@ -100,14 +99,7 @@ def main():
     parser.add_argument("--lr", type=float, help="instead of the learning rate of the table")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    device = pick_device()
-    common = {
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    common = this_machine()
     done = set()
     if options.out.exists():
         with open(options.out, newline="") as file:

@@ -17,7 +17,6 @@ CUDA it is the allocator's peak above what was there before the step.
 
 import argparse
 import csv
-import datetime
 import random
 import time
 import weakref
@@ -25,7 +24,6 @@ from pathlib import Path
 
 import peft
 import torch
-import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
@@ -38,6 +36,7 @@ from minipeft import (
     load_base,
     pick_device,
 )
+from this_machine import this_machine
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -186,13 +185,7 @@ def main():
     torch.manual_seed(options.seed)
     ids = torch.randint(100, 40_000, (options.batch, options.seq), device=device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    kind = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-    run = {
-        "date": datetime.date.today().isoformat(),
-        "device": kind,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+    run = this_machine() | {
         "peft": peft.__version__,
         "batch": options.batch,
         "seq": options.seq,

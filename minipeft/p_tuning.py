@@ -6,7 +6,6 @@ The vectors stand in front of the input, or inside a template, between words tha
 (section 2.2). After training their encoder has done its work: its outputs are a fixed table.
 """
 
-import inspect
 from functools import partial
 
 import torch
@@ -14,12 +13,13 @@ from torch import nn
 
 from minipeft.virtual_tokens import (
     attach,
+    count_positions,
     named_inputs,
     past_length,
     peft_config,
     place_of,
-    positions_of,
     refuse,
+    refuse_size,
     table_of_state,
 )
 
@@ -80,8 +80,7 @@ def add_p_tuning(
     refuse(model, num_virtual_tokens)
     hidden = model.get_input_embeddings().weight.shape[1]
     width = hidden if encoder_hidden_size is None else encoder_hidden_size
-    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-        raise ValueError(f"encoder_hidden_size={width} is no width; give a whole number from 1 on.")
+    refuse_size("encoder_hidden_size", width, "width")
     place = place_of(model)
     written = PromptEncoder(num_virtual_tokens, hidden, encoder, width, placeholder_id, place)
     return _attached(model, written)
@@ -109,10 +108,8 @@ def _fill_template(model, args, kwargs):
         )
     if labels is not None and (labels == virtual.placeholder_id).any():
         raise ValueError("A placeholder is a label, but nobody can predict it; label it -100.")
-    mask = kwargs.get("attention_mask")
-    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-    if takes_positions and mask is not None and kwargs.get("position_ids") is None:
-        kwargs["position_ids"] = positions_of(mask, ids.shape[1])
+    if kwargs.get("position_ids") is None:
+        count_positions(model, kwargs, ids.shape[1])
     embeds = model.get_input_embeddings()(ids.masked_fill(holes, 0))  # (batch, seq, hidden)
     vectors = virtual().to(embeds.dtype).repeat(len(ids), 1)  # (batch * n, hidden), row by row
     embeds = embeds.masked_scatter(holes[..., None], vectors)

@@ -15,6 +15,7 @@ from minipeft.virtual_tokens import (
     per_layer,
     place_of,
     refuse,
+    refuse_size,
     table_of_cache,
     table_of_state,
     token_ids,
@@ -48,7 +49,7 @@ class Prefix(nn.Module):
 
         With a layer, the columns of that layer only: (n, 2 * kv_heads * head_dim).
         """
-        layers, kv_heads, head_dim = self.shape
+        _, kv_heads, head_dim = self.shape
         size = 2 * kv_heads * head_dim
         columns = slice(None) if layer is None else slice(layer * size, (layer + 1) * size)
         if not self.mlp:
@@ -58,12 +59,11 @@ class Prefix(nn.Module):
         return nn.functional.linear(inner, last.weight[columns], last.bias[columns])
 
     def forward(self, layer=None):
-        layers, kv_heads, head_dim = self.shape
+        _, kv_heads, head_dim = self.shape
         if layer is None:
             return per_layer(self.table(), self.shape)  # (layers, 2, kv_heads, n, head_dim)
-        return per_layer(self.table(layer), (1, kv_heads, head_dim))[
-            0
-        ]  # (2, kv_heads, n, head_dim)
+        (keys_values,) = per_layer(self.table(layer), (1, kv_heads, head_dim))
+        return keys_values  # (2, kv_heads, n, head_dim)
 
 
 def add_prefix_tuning(
@@ -101,10 +101,7 @@ def add_prefix_tuning(
     width = None
     if projection:
         width = shape[1] * shape[2] if encoder_hidden_size is None else encoder_hidden_size
-        if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-            raise ValueError(
-                f"encoder_hidden_size={width} is no width; give a whole number from 1 on."
-            )
+        refuse_size("encoder_hidden_size", width, "width")
     prefix = Prefix(num_virtual_tokens, shape, place_of(model), width)
     if not projection:
         nn.init.normal_(prefix.embedding.weight, std=0.1)

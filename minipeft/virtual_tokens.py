@@ -20,6 +20,7 @@ from functools import partial
 import torch
 from transformers import DynamicCache
 
+from minipeft.batching import position_ids_from_mask
 from minipeft.freezing import at_least_float32, blocks, freeze
 
 CACHE_NAMES = {"past_key_values", "layer_past", "cache"}  # of the same thing in transformers
@@ -45,9 +46,7 @@ def attach(model, virtual_tokens, technique, before=None):
 
 def refuse(model, num_virtual_tokens, head="lm_head"):
     """Raise ValueError for a number, or a model, that virtual tokens cannot be added to."""
-    n = num_virtual_tokens
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f"num_virtual_tokens={n} is no length; give a whole number from 1 on.")
+    refuse_size("num_virtual_tokens", num_virtual_tokens, "length")
     name = type(model).__name__
     if getattr(model, "minipeft_technique", None):
         raise ValueError(
@@ -63,6 +62,12 @@ def refuse(model, num_virtual_tokens, head="lm_head"):
             f"{name} has layers of {', '.join(sorted(kinds - {'full_attention'}))}, from which "
             "virtual tokens would drop out of sight; take a model with full attention throughout."
         )
+
+
+def refuse_size(name, value, what):
+    """Raise ValueError unless `value` is a whole number from 1 on."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value} is no {what}; give a whole number from 1 on.")
 
 
 def place_of(model):
@@ -145,21 +150,22 @@ def _extend_mask_and_positions(model, kwargs, n, past, new, batch, seq):
             f"{n} virtual and {known - n + seq} real tokens are more than the {limit} positions "
             f"that {type(model).__name__} has learned; shorten the text."
         )
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        return  # ALiBi counts the columns of the mask
     if positions is not None:
         virtual = torch.arange(new, device=positions.device).expand(batch, -1)
         kwargs["position_ids"] = torch.cat([virtual, (positions + n).expand(batch, -1)], 1)
-    elif mask is not None:  # else the model itself counts, which is right where nothing is padded
-        kwargs["position_ids"] = positions_of(mask, new + seq)
+    else:
+        count_positions(model, kwargs, new + seq)
 
 
-def positions_of(mask, last):
-    """Positions of the `last` columns of a mask (batch, text): the tokens counted, not the padding.
+def count_positions(model, kwargs, last):
+    """Give the `last` columns of the mask, if there is one, positions that pass over padding.
 
-    Padding gets the number of the token before it, so no position is beyond a learned table.
+    Without a mask the model itself counts, which is right where nothing is padded. A model that
+    takes no positions, as with ALiBi, counts the columns of the mask.
     """
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -last:]  # (batch, last)
+    mask = kwargs.get("attention_mask")
+    if mask is not None and "position_ids" in inspect.signature(model.forward).parameters:
+        kwargs["position_ids"] = position_ids_from_mask(mask)[:, -last:]  # (batch, last)
 
 
 def _filled(model, cache, keys_values, batch):

@@ -19,11 +19,12 @@ from minipeft import (
     encode,
     load_adapter,
     load_base,
+    position_ids_from_mask,
     save_adapter,
     train,
 )
 from minipeft.memory import estimate, measure
-from minipeft.virtual_tokens import key_value_shape, per_layer, positions_of, table_of_cache
+from minipeft.virtual_tokens import key_value_shape, per_layer, table_of_cache
 
 EVERY = pytest.mark.parametrize("name", NAMES)
 EACH = pytest.mark.parametrize("method", METHODS)
@@ -321,7 +322,7 @@ def test_positions_of_the_caller_are_those_of_the_text(method):
     model = tuned("tiny-gpt2", method)
     batch = batch_of(3, 3, 7, "left", method)
     del batch["labels"]
-    positions = positions_of(batch["attention_mask"], batch["input_ids"].shape[1])
+    positions = position_ids_from_mask(batch["attention_mask"])
     real = batch["attention_mask"].bool()
     ours = model(**batch, position_ids=positions).logits
     assert torch.allclose(ours[real], model(**batch).logits[real])
