@@ -31,12 +31,14 @@ from minipeft import (
     load_reviews,
     train,
 )
+from encoder_or_table import in_template
 from this_machine import this_machine
 
 RESULTS = Path(__file__).resolve().parent / "results" / "long-runs.csv"
 COLUMNS = """date device threads torch transformers method setting lr seed step examples
 train_loss right total trainable seconds answers""".split()
 TEXT = "Is this film review positive or negative?"
+HOLE = 49152  # the first id beyond SmolLM2's vocabulary: the placeholder of encoder_or_table.py
 
 # {(method, setting): (learning rate, steps, what makes the model ready)}. The rates are the best of
 # two or three that were tried for 40 steps with seed 0.
@@ -45,6 +47,11 @@ RUNS = {
     ("prefix_tuning", "n=10 text"): (1e-2, 60, lambda m: add_prefix_tuning(m, 10, text=TEXT)),
     ("p_tuning", "n=10 lstm"): (1e-2, 60, add_p_tuning),
     ("p_tuning", "n=10 mlp"): (1e-3, 60, lambda m: add_p_tuning(m, 10, "mlp")),
+    ("p_tuning", "n=10 mlp template"): (
+        5e-4,
+        120,
+        lambda m: add_p_tuning(m, 10, "mlp", None, HOLE),
+    ),
     ("p_tuning_v2", "key_value n=10"): (1e-2, 60, add_p_tuning_v2),
     ("p_tuning_v2", "hidden n=10"): (1e-2, 60, lambda m: add_p_tuning_v2(m, 10, "hidden")),
     ("prefix_tuning", "n=10 projection"): (3e-3, 60, lambda m: add_prefix_tuning(m, 10, True)),
@@ -60,11 +67,15 @@ def run(method, setting, lr, add, seed, steps, tests):
     test = reviews["test"].select(range(min(tests, len(reviews["test"]))))
     torch.manual_seed(seed)
     add(model)
+    fill = str  # the prompt as it is
+    if getattr(getattr(model, "virtual_tokens", None), "placeholder_id", None) == HOLE:
+        tokenizer.add_tokens(["<v>"], special_tokens=True)
+        fill = in_template
     what = {"method": method, "setting": setting, "lr": lr, "seed": seed}
     what["trainable"] = count_parameters(model)[0]
     rows, start = [], time.monotonic()
     if steps:
-        texts = [encode(tokenizer, row["prompt"], row["answer"]) for row in reviews["train"]]
+        texts = [encode(tokenizer, fill(row["prompt"]), row["answer"]) for row in reviews["train"]]
         collate = Collator(tokenizer.pad_token_id)
         batches = Batches(texts, collate, 8, seed=seed, group_by_length=True)
         losses = train(
@@ -74,7 +85,9 @@ def run(method, setting, lr, add, seed, steps, tests):
             mean = sum(losses[end - 10 : end]) / 10
             rows.append(what | {"step": end, "examples": 8 * end, "train_loss": f"{mean:.4f}"})
     seconds = time.monotonic() - start
-    right = classify(model, tokenizer, test["prompt"]) == torch.tensor(test["label"])
+    right = classify(model, tokenizer, [fill(p) for p in test["prompt"]]) == torch.tensor(
+        test["label"]
+    )
     rows = rows or [what | {"step": 0, "examples": 0}]
     rows[-1] |= {
         "right": int(right.sum()),

@@ -119,7 +119,7 @@ def _lengthen(model, args, kwargs):
             kwargs["labels"] = torch.cat([nothing, kwargs["labels"]], 1)  # (batch, n + seq)
     elif starts:
         kwargs[cache_name] = _filled(model, cache, virtual(), batch)
-        if isinstance(kwargs[cache_name], ReadOnlyCache):
+        if isinstance(kwargs[cache_name], CheckpointedCache):
             kwargs["use_cache"] = False
     return (), kwargs
 
@@ -175,21 +175,17 @@ def _filled(model, cache, keys_values, batch):
         keys, values = (t.expand(batch, -1, -1, -1) for t in (keys, values))
         DynamicCache.update(cache, keys, values, i)  # (batch, kv_heads, n, head_dim) each
     if model.training and torch.is_grad_enabled() and _checkpoints(model):
-        cache.__class__ = ReadOnlyCache
+        cache.__class__ = CheckpointedCache
     return cache
 
 
-class ReadOnlyCache(DynamicCache):
-    """Hands out its keys and values in front of the new ones, and keeps nothing of these.
+class CheckpointedCache(DynamicCache):
+    """Says that under gradient checkpointing each attention is to have a cache of its own.
 
-    Under gradient checkpointing a block runs twice, and a cache that it wrote to the first time
-    would hold the text twice. So transformers takes the cache away from its blocks, prefix and
-    all. `survive_checkpointing` gives each attention a cache again that it can only read.
+    Checkpointing runs a block twice, and a cache that it wrote to the first time would hold the
+    text twice. So transformers takes the cache away from its blocks, prefix and all.
+    `survive_checkpointing` gives each attention, each time, a new one that holds only the prefix.
     """
-
-    def update(self, keys, values, layer_idx, *args, **kwargs):
-        layer = self.layers[layer_idx]
-        return torch.cat([layer.keys, keys], -2), torch.cat([layer.values, values], -2)
 
 
 def _checkpoints(model):
@@ -209,12 +205,12 @@ def survive_checkpointing(model):
 
 def _fetch_again(model, layer, name, attention, args, kwargs):
     given = kwargs.get(name)
-    if given is not None and not isinstance(given, ReadOnlyCache):
+    if given is not None and not isinstance(given, CheckpointedCache):
         return None
     # From the parameters anew, so that the recomputed block has them in its own piece of graph.
     keys_values = model.virtual_tokens(layer).to(model.dtype)  # (2, kv_heads, n, head_dim)
     batch = next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)).shape[0]
-    cache = ReadOnlyCache()
+    cache = DynamicCache()
     DynamicCache.update(cache, *(t.expand(batch, -1, -1, -1) for t in keys_values), layer)
     return args, kwargs | {name: cache}
 
