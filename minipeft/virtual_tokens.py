@@ -114,9 +114,16 @@ def _lengthen(model, args, kwargs):
         vectors = virtual().to(embeds.dtype).expand(batch, -1, -1)  # (batch, n, hidden)
         kwargs["inputs_embeds"] = torch.cat([vectors, embeds], 1)  # (batch, n + seq, hidden)
         kwargs["input_ids"] = None
+        keep = seq
         if kwargs.get("labels") is not None:
             nothing = kwargs["labels"].new_full((batch, n), -100)
-            kwargs["labels"] = torch.cat([nothing, kwargs["labels"]], 1)  # (batch, n + seq)
+            # The last virtual token predicts the first label, the others predict none. Their
+            # logits would be the largest tensor of the step for nothing, so they are not made.
+            keep = seq + 1
+            labels = torch.cat([nothing, kwargs["labels"]], 1)  # (batch, n + seq)
+            kwargs["labels"] = labels[:, -keep:]
+        if not isinstance(kwargs.get("logits_to_keep"), torch.Tensor):
+            kwargs["logits_to_keep"] = min(kwargs.get("logits_to_keep") or keep, keep)
     elif starts:
         kwargs[cache_name] = _filled(model, cache, virtual(), batch)
         if isinstance(kwargs[cache_name], CheckpointedCache):
