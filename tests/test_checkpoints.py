@@ -1,8 +1,10 @@
 """Adapters on disk: HF peft reads ours, we read theirs, and nothing is ever half there."""
 
 import errno
+import importlib
 import json
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+import minipeft
 from minipeft import add_lora, checkpoints, load_adapter, load_base, save_adapter
 from minipeft.lora import LoRALinear
 
@@ -192,3 +195,17 @@ def test_kill_9_amid_saving_leaves_a_whole_adapter(tmp_path):
         process.wait()
         process.stdout.close()
         load_adapter(base(), folder)  # raises if anything is missing or torn
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
+@pytest.mark.parametrize(
+    "kind", ["LORA", "PROMPT_TUNING", "P_TUNING", "P_TUNING_TEMPLATE", "PREFIX_TUNING"]
+)
+def test_each_folder_is_for_one_technique(kind, task):
+    readers = []
+    for module in pkgutil.iter_modules(minipeft.__path__):
+        technique = importlib.import_module(f"minipeft.{module.name}")
+        own = getattr(technique, "PEFT_TYPE", None)
+        reads = getattr(technique, "reads", lambda config, own=own: config["peft_type"] == own)
+        readers += [module.name] * bool(reads({"peft_type": kind, "task_type": task}))
+    assert len(readers) == 1

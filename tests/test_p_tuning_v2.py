@@ -17,6 +17,7 @@ from minipeft import (
     save_adapter,
     train,
 )
+from minipeft.virtual_tokens import ordinary_tokens
 
 EVERY = pytest.mark.parametrize("name", NAMES)
 
@@ -49,6 +50,31 @@ def test_the_key_value_form_is_prefix_tuning(name):
     other.virtual_tokens.embedding.weight.data.copy_(model.virtual_tokens.weight)
     batch = batch_of(2, 3, 6)
     assert torch.equal(model(**batch).logits, other(**batch).logits)
+
+
+@EVERY
+def test_both_forms_start_as_random_words_typed(name):
+    """The words are drawn again here, from the seed; then the text begins with them."""
+    n, batch = 4, batch_of(2, 3, 6)
+    del batch["labels"]
+    base, _ = load_base(name, device="cpu", dtype=torch.float64)
+    words = ordinary_tokens(base)
+    torch.manual_seed(5)
+    words = words[torch.randint(len(words), (1, n))].expand(3, -1)
+    typed = {"input_ids": words, "attention_mask": torch.ones_like(words)}
+    typed = {key: torch.cat([value, batch[key]], 1) for key, value in typed.items()}
+    expected = base(**typed).logits[:, n:]
+    for form in ("key_value", "hidden"):
+        model, _ = load_base(name, device="cpu", dtype=torch.float64)
+        torch.manual_seed(5)
+        add_p_tuning_v2(model, n, form)
+        # A norm divides by its input's size, so that the scale of the states does not matter; but
+        # for the epsilon in it, which the tiny states of an untrained model can feel.
+        nearly = {"atol": 1e-6} if form == "key_value" else {"atol": 0.05 * expected.std().item()}
+        real = batch["attention_mask"].bool()
+        assert torch.allclose(model(**batch).logits[real], expected[real], rtol=0, **nearly)
+    sizes = model.virtual_tokens.weight.square().mean(-1)  # (layers, n)
+    assert torch.allclose(sizes, torch.ones_like(sizes))
 
 
 @EVERY

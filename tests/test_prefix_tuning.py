@@ -114,3 +114,11 @@ def test_bad_input_is_refused_and_the_model_left_alone():
     assert all(p.requires_grad for p in model.parameters())
     with pytest.raises(ValueError, match="LlamaModel has no language-model head"):
         add_prefix_tuning(model.model)
+
+
+def test_a_prefix_starts_small():
+    """At deviation 0.1; with peft's 1 the untrained prefix drowns the text."""
+    torch.manual_seed(0)
+    model = add_prefix_tuning(load_base("tiny-llama", device="cpu")[0], 400)
+    table = model.virtual_tokens.embedding.weight  # 25,600 numbers: 0.1 to within 2 %
+    assert abs(table.std() - 0.1) < 0.002 and abs(table.mean()) < 0.003
