@@ -66,7 +66,7 @@ exercises: $(VENV)/test.stamp
 bench: $(VENV)/test.stamp assets
 	$(BIN)/python benchmarks/step.py
 
-# What takes too long for a notebook: three seeds of every method. About an hour and a half on a CPU;
+# What takes too long for a notebook: three seeds of every method. Two or three hours on a CPU;
 # runs that are in benchmarks/results already are not repeated.
 long-runs: $(VENV)/test.stamp assets
 	$(BIN)/python benchmarks/long_runs.py

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from encoder_or_table import in_template
 from minipeft import (
     Batches,
     Collator,
@@ -31,7 +32,6 @@ from minipeft import (
     load_reviews,
     train,
 )
-from encoder_or_table import in_template
 from this_machine import this_machine
 
 RESULTS = Path(__file__).resolve().parent / "results" / "long-runs.csv"
@@ -40,24 +40,23 @@ train_loss right total trainable seconds answers""".split()
 TEXT = "Is this film review positive or negative?"
 HOLE = 49152  # the first id beyond SmolLM2's vocabulary: the placeholder of encoder_or_table.py
 
-# {(method, setting): (learning rate, steps, what makes the model ready)}. The rates are the best of
-# two or three that were tried for 40 steps with seed 0.
-RUNS = {
-    ("prompt_tuning", "n=10 text"): (1e-2, 150, lambda m: add_prompt_tuning(m, 10, "text", TEXT)),
-    ("prefix_tuning", "n=10 text"): (1e-2, 60, lambda m: add_prefix_tuning(m, 10, text=TEXT)),
-    ("p_tuning", "n=10 lstm"): (1e-2, 60, add_p_tuning),
-    ("p_tuning", "n=10 mlp"): (1e-3, 60, lambda m: add_p_tuning(m, 10, "mlp")),
-    ("p_tuning", "n=10 mlp template"): (
-        5e-4,
-        120,
-        lambda m: add_p_tuning(m, 10, "mlp", None, HOLE),
-    ),
-    ("p_tuning_v2", "key_value n=10"): (1e-2, 60, add_p_tuning_v2),
-    ("p_tuning_v2", "hidden n=10"): (1e-2, 60, lambda m: add_p_tuning_v2(m, 10, "hidden")),
-    ("prefix_tuning", "n=10 projection"): (3e-3, 60, lambda m: add_prefix_tuning(m, 10, True)),
-    ("prefix_tuning", "n=10"): (3e-2, 60, add_prefix_tuning),
-    ("lora", "r=8"): (2e-3, 60, add_lora),
-}
+# (method, setting, learning rate, steps, what makes the model ready). The rates are the best of
+# two or three tried for 40 steps with seed 0; those of P-tuning come from encoder_or_table.py.
+RUNS = [
+    ("prompt_tuning", "n=10 text", 1e-2, 150, lambda m: add_prompt_tuning(m, 10, "text", TEXT)),
+    ("prefix_tuning", "n=10 text", 1e-2, 60, lambda m: add_prefix_tuning(m, 10, text=TEXT)),
+    ("p_tuning", "n=10 mlp template", 5e-4, 120, lambda m: add_p_tuning(m, 10, "mlp", None, HOLE)),
+    ("p_tuning", "n=10 mlp", 1e-3, 60, lambda m: add_p_tuning(m, 10, "mlp")),
+    ("p_tuning", "n=10 lstm", 1e-2, 60, add_p_tuning),
+    ("p_tuning", "n=10 lstm", 5e-4, 150, add_p_tuning),
+    ("p_tuning_v2", "key_value n=10", 1e-2, 60, add_p_tuning_v2),
+    ("p_tuning_v2", "hidden n=10", 1e-2, 60, lambda m: add_p_tuning_v2(m, 10, "hidden")),
+    ("prefix_tuning", "n=10 projection", 3e-3, 60, lambda m: add_prefix_tuning(m, 10, True)),
+    ("prefix_tuning", "n=10", 3e-2, 60, add_prefix_tuning),
+    ("prefix_tuning", "n=1 text", 1e-2, 60, lambda m: add_prefix_tuning(m, 1, text=TEXT)),
+    ("prefix_tuning", "n=128 text", 1e-2, 60, lambda m: add_prefix_tuning(m, 128, text=TEXT)),
+    ("lora", "r=8", 2e-3, 60, add_lora),
+]
 
 
 def run(method, setting, lr, add, seed, steps, tests):
@@ -129,7 +128,7 @@ def main():
             }
     wanted = [("zero_shot", "", 0.0, zero_shot, 0, 0)]
     for seed in options.seeds:
-        for (method, setting), (lr, steps, add) in RUNS.items():
+        for method, setting, lr, steps, add in RUNS:
             lr, steps = options.lr or lr, options.steps or steps
             if not options.methods or {method, f"{method} {setting}"} & set(options.methods):
                 wanted.append((method, setting, lr, add, seed, steps))
