@@ -35,6 +35,7 @@ __all__ = [
     "load_adapter",
     "load_base",
     "load_dialogues",
+    "load_instructions",
     "load_reviews",
     "merge_lora",
     "nearest_words",
@@ -51,7 +52,7 @@ __all__ = [
 
 def __getattr__(name):
     # Fetched when asked for, so that `python -m minipeft.assets` runs the module only once.
-    if name in ("AssetError", "load_dialogues", "load_reviews"):
+    if name in ("AssetError", "load_dialogues", "load_instructions", "load_reviews"):
         from minipeft import assets
 
         return getattr(assets, name)

@@ -68,6 +68,8 @@ REVIEW_FILES = {
     "tweets": "tweets_GroundTruth.txt",
 }
 LANGUAGES = ("english", "chinese")
+INSTRUCTIONS = {"english": "instructions_en.jsonl", "chinese": "instructions_zh.jsonl"}
+INSTRUCTION_FOLDER = Path(__file__).resolve().parents[1] / "data"  # in the repository
 
 
 def cache_dir():
@@ -400,6 +402,38 @@ def load_dialogues(language="english"):
     rows = list({(row["prompt"].casefold(), row["answer"]): row for row in rows}.values())
     parts = _split(rows, lambda row: row["prompt"].casefold())
     return _dataset(parts, ["prompt", "answer", "topic"])
+
+
+def load_instructions(language="english"):
+    """The course's own instructions as a DatasetDict: columns prompt, answer, category (all str).
+
+    `language`: english or chinese. Splits train, validation, test (80/10/10 per cent), drawn within
+    each category. The prompt is the instruction, the input if there is one, and the cue "Answer:"
+    or "回答：", each on a line of its own; English answers begin with a space. Source: data/ of
+    the repository, so neither cache nor network is used. Raises ValueError, AssetError.
+    """
+    if language not in INSTRUCTIONS:
+        raise ValueError(f"There are no instructions in {language!r}; choose one of {LANGUAGES}.")
+    path = INSTRUCTION_FOLDER / INSTRUCTIONS[language]
+    if not path.is_file():
+        raise AssetError(
+            f"The instructions are not in {path.parent}, because they come with the repository of "
+            "the course and not with the package; go to a copy of the repository and run `python "
+            "-m pip install -e .` there."
+        )
+    cue, space = {"english": ("Answer:", " "), "chinese": ("回答：", "")}[language]
+    rows = _read_rows(path)
+    for row in rows:
+        row["prompt"] = "\n".join(filter(None, (row["instruction"], row["input"], cue)))
+        row["answer"] = space + row["output"]
+    parts = {"train": [], "validation": [], "test": []}
+    for category in sorted({row["category"] for row in rows}):
+        of_category = [row for row in rows if row["category"] == category]
+        for name, part in _split(of_category, lambda row: row["prompt"].casefold()).items():
+            parts[name] += part
+    for part in parts.values():
+        random.Random(0).shuffle(part)
+    return _dataset(parts, ["prompt", "answer", "category"])
 
 
 def main(arguments):
