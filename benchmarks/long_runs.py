@@ -32,6 +32,7 @@ from minipeft import (
     load_reviews,
     train,
 )
+from minipeft.freezing import only_head, only_last_blocks
 from this_machine import this_machine
 
 RESULTS = Path(__file__).resolve().parent / "results" / "long-runs.csv"
@@ -41,7 +42,8 @@ TEXT = "Is this film review positive or negative?"
 HOLE = 49152  # the first id beyond SmolLM2's vocabulary: the placeholder of encoder_or_table.py
 
 # (method, setting, learning rate, steps, what makes the model ready). The rates are the best of
-# two or three tried for 40 steps with seed 0; those of P-tuning come from encoder_or_table.py.
+# two or three tried for 40 steps with seed 0. Those of P-tuning come from encoder_or_table.py,
+# those of freezing were chosen on validation reviews (notebook 05).
 RUNS = [
     ("prompt_tuning", "n=10 text", 1e-2, 150, lambda m: add_prompt_tuning(m, 10, "text", TEXT)),
     ("prefix_tuning", "n=10 text", 1e-2, 60, lambda m: add_prefix_tuning(m, 10, text=TEXT)),
@@ -56,6 +58,11 @@ RUNS = [
     ("prefix_tuning", "n=1 text", 1e-2, 60, lambda m: add_prefix_tuning(m, 1, text=TEXT)),
     ("prefix_tuning", "n=128 text", 1e-2, 60, lambda m: add_prefix_tuning(m, 128, text=TEXT)),
     ("lora", "r=8", 2e-3, 60, add_lora),
+    ("freezing", "head alone", 3e-3, 60, lambda m: only_head(m, untie=True)),
+    ("freezing", "last 1 block", 1e-4, 60, lambda m: only_last_blocks(m, 1)),
+    ("freezing", "last 4 blocks", 1e-4, 60, lambda m: only_last_blocks(m, 4)),
+    ("freezing", "last 16 blocks", 1e-4, 60, lambda m: only_last_blocks(m, 16)),
+    ("freezing", "all 30 blocks", 1e-4, 60, lambda m: only_last_blocks(m, 30)),
 ]
 
 
