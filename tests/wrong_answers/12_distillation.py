@@ -1,0 +1,412 @@
+"""Wrong answers to exercise 12: (check, source of the answer, part of the message expected)."""
+
+_DIVERGENCE = """
+import torch
+from torch.nn.functional import kl_div
+
+def divergence(student_logits, teacher_logits, direction="forward"):
+    if direction not in ("forward", "reverse"):
+        raise ValueError("neither")
+    log_s, log_t = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+    log_p, log_q = (log_t, log_s) if direction == "forward" else (log_s, log_t)
+    return kl_div(log_q, log_p.exp(), reduction="none").sum(-1).mean()
+"""
+
+# Everything by torch's functions on all positions, where the solution picks the targets first.
+_LOSS = """
+import torch
+from torch.nn.functional import cross_entropy, kl_div
+
+def distillation_loss(student_logits, teacher_logits, labels, alpha=0.5, temperature=2.0):
+    T = temperature
+    labels = labels[:, 1:]
+    student, teacher = student_logits[:, :-1].float(), teacher_logits[:, :-1].float().detach()
+    hard = cross_entropy(student.transpose(1, 2), labels)
+    inputs, targets = (student / T).log_softmax(-1), (teacher / T).softmax(-1)
+    rows = kl_div(inputs, targets, reduction="none").sum(-1)
+    chosen = labels != -100
+    soft = rows[chosen].mean() * T**2
+    return alpha * hard + (1 - alpha) * soft
+"""
+
+# A model built from a new config and filled, where the solution cuts a copy.
+_STUDENT = """
+import copy
+import torch
+from torch import nn
+
+def student_from_layers(teacher, keep):
+    if len(keep) == 0 or min(keep) < 0 or max(keep) >= len(teacher.model.layers):
+        raise ValueError("no such blocks")
+    config = copy.deepcopy(teacher.config)
+    config.num_hidden_layers = len(keep)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[i] for i in keep]
+    student = type(teacher)(config).eval()
+    for name in ("embed_tokens", "norm"):
+        getattr(student.model, name).load_state_dict(getattr(teacher.model, name).state_dict())
+    student.lm_head.load_state_dict(teacher.lm_head.state_dict())
+    for layer, i in zip(student.model.layers, keep):
+        layer.load_state_dict(teacher.model.layers[i].state_dict())
+    return student
+"""
+
+_COPY = """
+import copy
+import torch
+from torch import nn
+
+def student_from_layers(teacher, keep):
+    if len(keep) == 0 or min(keep) < 0 or max(keep) >= len(teacher.model.layers):
+        raise ValueError("no such blocks")
+    student = copy.deepcopy(teacher)
+    student.model.layers = nn.ModuleList(student.model.layers[i] for i in keep)
+    student.config.num_hidden_layers = len(keep)
+    for number, layer in enumerate(student.model.layers):
+        layer.self_attn.layer_idx = number
+    if getattr(student.config, "layer_types", None):
+        student.config.layer_types = [student.config.layer_types[i] for i in keep]
+    return student.requires_grad_(True)
+"""
+
+_POLICY = """
+import torch
+
+def on_policy_loss(student, teacher, input_ids, attention_mask, max_new_tokens):
+    ids = student.generate(input_ids, attention_mask=attention_mask, do_sample=True, top_k=0,
+                           max_new_tokens=max_new_tokens)
+    width = input_ids.shape[1]
+    new = ids[:, width:]
+    ends = (new == student.config.eos_token_id).long()
+    written = ends.cumsum(1) - ends == 0
+    mask = torch.cat([attention_mask, torch.ones_like(new)], 1)
+    s = student(ids, attention_mask=mask).logits[:, width - 1 : -1]
+    with torch.no_grad():
+        t = teacher(ids, attention_mask=mask).logits[:, width - 1 : -1]
+    return divergence(s[written], t[written], "reverse")
+"""
+
+_STEP = """
+import torch
+
+def distil_step(student, teacher, optimizer, batch, alpha, temperature):
+    ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
+    student.train()
+    teacher.eval()
+    with torch.no_grad():
+        targets = teacher(input_ids=ids, attention_mask=mask).logits
+    logits = student(input_ids=ids, attention_mask=mask).logits
+    loss = distillation_loss(logits, targets, labels, alpha, temperature)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+"""
+
+_FOUND = """
+def distil_step(student, teacher, optimizer, batch, alpha, temperature):
+    return found_step(student, teacher, optimizer, batch, alpha, temperature)
+"""
+
+
+def _edit(source, *pairs):
+    for old, new in zip(pairs[::2], pairs[1::2], strict=True):
+        assert old in source, old
+        source = source.replace(old, new)
+    return source
+
+
+KL = 'kl_div(log_q, log_p.exp(), reduction="none").sum(-1).mean()'
+PAIR = '(log_t, log_s) if direction == "forward" else (log_s, log_t)'
+SOFT = "rows[chosen].mean() * T**2"
+SHIFT = "student_logits[:, :-1].float(), teacher_logits[:, :-1].float().detach()"
+BOTH = "alpha * hard + (1 - alpha) * soft"
+HARD = "cross_entropy(student.transpose(1, 2), labels)"
+LISTED = '    student.model.layers = nn.ModuleList(student.model.layers[i] for i in keep)\n'
+NUMBERED = """    for number, layer in enumerate(student.model.layers):
+        layer.self_attn.layer_idx = number
+"""
+REFUSED = """    if len(keep) == 0 or min(keep) < 0 or max(keep) >= len(teacher.model.layers):
+        raise ValueError("no such blocks")
+"""
+KINDS = "[student.config.layer_types[i] for i in keep]"
+WHERE = "logits[:, width - 1 : -1]"
+ENDS = "ends.cumsum(1) - ends == 0"
+ONES = "torch.cat([attention_mask, torch.ones_like(new)], 1)"
+S_MASK = "s = student(ids, attention_mask=mask)"
+T_MASK = "t = teacher(ids, attention_mask=mask)"
+LOSS = "distillation_loss(logits, targets, labels, alpha, temperature)"
+
+
+def _soft(new):
+    return _edit(_LOSS, SOFT, new)
+
+
+def _step_loss(new):
+    """The step with a loss of its own: its soft part is `new`."""
+    return _edit(
+        _STEP,
+        f"    loss = {LOSS}",
+        "    from torch.nn.functional import cross_entropy, kl_div\n"
+        "    T = temperature\n"
+        "    s, t, wanted = logits[:, :-1], targets[:, :-1], labels[:, 1:]\n"
+        "    chosen = wanted != -100\n"
+        "    hard = cross_entropy(s[chosen], wanted[chosen])\n"
+        "    def kl(p, q):\n"
+        "        return kl_div(q.log_softmax(-1), p.softmax(-1), reduction='none').sum(-1)\n"
+        f"    loss = alpha * hard + (1 - alpha) * {new}",
+    )
+
+
+WRONG = [
+    ("divergence", _edit(_DIVERGENCE, "kl_div(log_q, log_p.exp()", "kl_div(log_p, log_q.exp()"),
+     "taken for each other"),
+    ("divergence", _edit(_DIVERGENCE, PAIR, "(log_t, log_s)"), "is not symmetric"),
+    ("divergence", _edit(_DIVERGENCE, KL, f"-{KL}"), "its sign is wrong"),
+    ("divergence", _edit(_DIVERGENCE, '"none").sum(-1)', '"none")'),
+     "by the size of the vocabulary as well. A row"),
+    ("divergence", _edit(_DIVERGENCE, '"none").sum(-1).mean()', '"sum")'),
+     "is a sum over the rows"),
+    ("divergence", _edit(_DIVERGENCE, '"none").sum(-1).mean()', '"batchmean")'),
+     "by the first dimension alone"),
+    ("divergence", _edit(_DIVERGENCE, KL,
+                         "kl_div((student_logits if direction == 'forward' else teacher_logits)"
+                         ".softmax(-1), log_p.exp(), reduction='none').sum(-1).mean()"),
+     "there is a probability"),
+    ("divergence", _edit(_DIVERGENCE, KL, "-(log_p.exp() * log_q).sum(-1).mean()"),
+     "that is a cross-entropy"),
+    ("divergence", _edit(_DIVERGENCE, KL, KL + " / torch.tensor(2.0).log()"), "it is in bits"),
+    ("divergence", _edit(_DIVERGENCE, KL, "kl_div(log_q, log_p, reduction='none', log_target=True)"
+                                          ".sum(-1).mean()"), "zero times infinity"),
+    ("divergence", _edit(_DIVERGENCE, KL, "(log_p.exp() * (log_p - log_q)).sum(-1).nan_to_num()"
+                                          ".mean()"), "the value is not the divergence"),
+    ("divergence", _edit(_DIVERGENCE, KL, "(log_p.exp().detach() * (log_p - log_q)).sum(-1)"
+                                          ".mean()"), "was detached"),
+    ("divergence", _edit(_DIVERGENCE, "student_logits.log", "student_logits.detach().log"),
+     "no gradient reaches the student"),
+    ("divergence", _edit(_DIVERGENCE, 'raise ValueError("neither")', "pass"), "is accepted"),
+    ("distillation_loss", _edit(_LOSS, BOTH, "(1 - alpha) * hard + alpha * soft"), "wrong part"),
+    ("distillation_loss", _edit(_LOSS, BOTH, "hard + (1 - alpha) * soft"), "counts in full"),
+    ("distillation_loss", _soft("rows[chosen].mean()"), "T squared is missing"),
+    ("distillation_loss", _soft("rows[chosen].mean() * T"), "by T, not by its square"),
+    ("distillation_loss", _soft("rows[chosen].mean() * T**4"), "twice"),
+    ("distillation_loss", _edit(_LOSS, "(teacher / T)", "teacher"), "only the student's logits"),
+    ("distillation_loss", _edit(_LOSS, "(student / T)", "student"), "only the teacher's logits"),
+    ("distillation_loss", _edit(_LOSS, "(student / T)", "student", "(teacher / T)", "teacher"),
+     "neither model's logits"),
+    ("distillation_loss", _edit(_LOSS, "(student / T)", "(student * T)",
+                                "(teacher / T)", "(teacher * T)"), "multiplied by the temperature"),
+    ("distillation_loss", _edit(_LOSS, "= (student / T).log_softmax(-1), (teacher / T).softmax",
+                                "= (teacher / T).log_softmax(-1), (student / T).softmax"),
+     "the other way round"),
+    (
+        "distillation_loss",
+        _edit(_LOSS, "(student / T).log_softmax(-1), (teacher / T).softmax(-1)",
+              "(student_logits / T).log_softmax(-1), (teacher_logits / T).softmax(-1)",
+              SOFT, "rows[:, 1:][chosen].mean() * T**2"),
+        "where the target stands, not where it is predicted",
+    ),
+    # The labels are shifted, and then once more, by somebody who shifts the logits as well.
+    (
+        "distillation_loss",
+        _edit(_LOSS, "(student / T).log_softmax(-1), (teacher / T).softmax(-1)",
+              "(student_logits[:, 1:] / T).log_softmax(-1), "
+              "(teacher_logits[:, 1:] / T).softmax(-1)",
+              SOFT, "rows[:, 1:][chosen[:, :-1]].mean() * T**2"),
+        "one position too late",
+    ),
+    ("distillation_loss", _soft("rows.mean() * T**2"), "but the last are counted, -100 or not"),
+    (
+        "distillation_loss",
+        _edit(_LOSS, "(student / T).log_softmax(-1), (teacher / T).softmax(-1)",
+              "(student_logits / T).log_softmax(-1), (teacher_logits / T).softmax(-1)",
+              SOFT, "rows.mean() * T**2"),
+        "padding among them",
+    ),
+    ("distillation_loss", _soft("rows[chosen].sum() / len(rows) * T**2"),
+     "of rows, not of targets"),
+    ("distillation_loss", _soft("kl_div(inputs, targets, reduction='batchmean') * T**2"),
+     "all positions but the last are divided"),
+    ("distillation_loss", _soft("(rows * chosen).mean() * T**2"), "over the targets is divided"),
+    ("distillation_loss", _soft("rows[chosen].sum() * T**2"), "it is a sum, not a mean."),
+    ("distillation_loss", _soft("kl_div(inputs, targets, reduction='none')[chosen].mean() * T**2"),
+     "by the size of the vocabulary as well"),
+    (
+        "distillation_loss",
+        _soft("((rows * chosen).sum(1) / chosen.sum(1)).mean() * T**2"),
+        "targets of short answers count more",
+    ),
+    ("distillation_loss", _edit(_LOSS, "(student / T).log_softmax", "(student / T).softmax"),
+     "there is a probability"),
+    (
+        "distillation_loss",
+        _edit(_LOSS, 'kl_div(inputs, targets, reduction="none").sum(-1)',
+              "-(targets * inputs).sum(-1)"),
+        "that is a cross-entropy",
+    ),
+    ("distillation_loss", _edit(_LOSS, HARD, "cross_entropy(student.transpose(1, 2) / T, labels)"),
+     "the labels know of none"),
+    ("distillation_loss", _edit(_LOSS, BOTH, "alpha * T**2 * hard + (1 - alpha) * soft"),
+     "that is for the soft part"),
+    (
+        "distillation_loss",
+        _edit(_LOSS, HARD, "cross_entropy(student_logits[:, 1:].transpose(1, 2), labels)"),
+        "asked for its own token",
+    ),
+    ("distillation_loss", _edit(_LOSS, "2), labels)", "2), labels, reduction='sum')"),
+     "a sum, not a mean over the targets"),
+    ("distillation_loss", _edit(_LOSS, "2), labels)", "2), labels, reduction='none').mean()"),
+     "at alpha=1: its sum is divided by all"),
+    ("distillation_loss", _edit(_LOSS, BOTH, "alpha * hard + (1 - alpha) ** 2 * soft"),
+     "are not mixed as they are"),
+    ("distillation_loss", _edit(_LOSS, ".float().detach()", ".float()"), "reaches the teacher"),
+    ("distillation_loss", _edit(_LOSS, "student_logits[:, :-1]", "student_logits.detach()[:, :-1]"),
+     "No gradient reaches the student"),
+    ("distillation_loss", _edit(_LOSS, "(student / T)", "(student.detach() / T)"),
+     "its gradient with respect to the student"),
+    ("distillation_loss", _edit(_LOSS, ".float()", ""), "which has three digits"),
+    ("distillation_loss", _edit(_LOSS, "    labels = labels[:, 1:]",
+                                "    labels[labels == -100] = 0\n    labels = labels[:, 1:]"),
+     "The labels that came in"),
+    ("distillation_loss", _soft("rows[chosen].median() * T**2"), "no mistake that is known"),
+    ("student_from_layers", _edit(_COPY, "copy.deepcopy(teacher)", "teacher"),
+     "itself has been cut"),
+    (
+        "student_from_layers",
+        _edit(_COPY, "    student.config.num", "    teacher.config.num"),
+        "The config of the teacher says",
+    ),
+    ("student_from_layers", _edit(_COPY, "    student.config.num_hidden_layers = len(keep)\n", ""),
+     "could not be loaded again"),
+    (
+        "student_from_layers",
+        _edit(_COPY, "    student.config.num",
+              "    student.config = copy.deepcopy(student.config)\n    student.config.num"),
+        "student.model.config is another one",
+    ),
+    ("student_from_layers", _edit(_COPY, "(student.model.layers[i] ", "(teacher.model.layers[i] "),
+     "in the same memory"),
+    (
+        "student_from_layers",
+        _edit(_STUDENT, "layer.load_state_dict(teacher.model.layers[i].state_dict())", "pass"),
+        "of none of the teacher's",
+    ),
+    ("student_from_layers", _edit(_COPY, "nn.ModuleList(student.model.layers[i] for i in keep)",
+                                  "student.model.layers[: len(keep)]"), "blocks [0, 1]"),
+    ("student_from_layers", _edit(_COPY, "student.model.layers[i] for i in keep",
+                                  "m for i, m in enumerate(student.model.layers) if i not in keep"),
+     "blocks [0, 2]"),
+    ("student_from_layers", _edit(_STUDENT, '"embed_tokens", "norm"', '"norm",',
+                                  "    student.lm_head.load", "    if 0: student.lm_head.load"),
+     "embed_tokens.weight is not a copy"),
+    (
+        "student_from_layers",
+        _edit(_COPY, "    return student.req",
+              "    student.lm_head.weight = nn.Parameter(student.lm_head.weight.clone())\n"
+              "    return student.req"),
+        "is tied to its embedding",
+    ),
+    ("student_from_layers", _edit(_COPY, NUMBERED, ""), "file their keys and values there"),
+    (
+        "student_from_layers",
+        _edit(_COPY, NUMBERED, f"{NUMBERED}    for number, i in enumerate(keep):\n"
+                               "        teacher.model.layers[i].self_attn.layer_idx = number\n"),
+        "have been given other numbers",
+    ),
+    ("student_from_layers", _edit(_COPY, ".requires_grad_(True)", ""), "as frozen as the teacher"),
+    ("student_from_layers", _edit(_COPY, KINDS, "student.config.layer_types"), "has 4 entries"),
+    ("student_from_layers", _edit(_COPY, KINDS, "student.config.layer_types[: len(keep)]"),
+     "what its blocks were in the teacher"),
+    ("student_from_layers", _edit(_COPY, KINDS, KINDS + "\n        teacher.config.layer_types = "
+                                                "student.config.layer_types"),
+     "of the teacher has been cut"),
+    ("student_from_layers", _edit(_COPY, REFUSED, ""), "keep=() is accepted"),
+    ("student_from_layers", _edit(_COPY, REFUSED, "    if len(keep) == 0:\n"
+                                                  "        raise ValueError('none')\n"),
+     "ends in an IndexError"),
+    ("student_from_layers", _edit(_COPY, REFUSED, "    if len(keep) == 0:\n"
+                                                  "        raise ValueError('none')\n"
+                                                  "    keep = [min(i, 3) for i in keep]\n"),
+     "keep=(0, 4) is accepted"),
+    ("on_policy_loss", _edit(_POLICY, "ids = student.gen", "ids = teacher.gen"), "teacher writes"),
+    ("on_policy_loss", _edit(_POLICY, "do_sample=True", "do_sample=False"), "its likeliest text"),
+    ("on_policy_loss", _edit(_POLICY, ", top_k=0", ""), "are not drawn from all"),
+    ("on_policy_loss", _edit(_POLICY, "attention_mask=attention_mask, do", "do"),
+     "While it writes"),
+    ("on_policy_loss", _edit(_POLICY, "max_new_tokens=max_new_tokens", "max_length=max_new_tokens"),
+     "The number of new tokens"),
+    ("on_policy_loss", _edit(_POLICY, '"reverse"', '"forward"'), "in the forward direction"),
+    ("on_policy_loss", _edit(_POLICY, WHERE, "logits[:, width:]"), "where the new tokens stand"),
+    (
+        "on_policy_loss",
+        _edit(_POLICY, "written = ends", "written = torch.cat([attention_mask[:, 1:] > 0, ends",
+              "- ends == 0", "- ends == 0], 1)", WHERE, "logits[:, :-1]"),
+        "tokens of the prompt are counted",
+    ),
+    (
+        "on_policy_loss",
+        _edit(_POLICY, WHERE, "logits", "s[written], t[written]", "s, t"),
+        "every position is counted",
+    ),
+    ("on_policy_loss", _edit(_POLICY, "s[written], t[written]", "s, t"), "behind the end of a row"),
+    ("on_policy_loss", _edit(_POLICY, ENDS, "new != student.config.pad_token_id"),
+     "the end token, which"),
+    (
+        "on_policy_loss",
+        _edit(_POLICY, "s[written], t[written]", "s * written[..., None], t * written[..., None]"),
+        "those behind an end being zero",
+    ),
+    ("on_policy_loss", _edit(_POLICY, 'divergence(s[written], t[written], "reverse")',
+                             'divergence(s[written], t[written], "reverse") * written.sum()'),
+     "a sum over the new tokens"),
+    ("on_policy_loss", _edit(_POLICY, 'divergence(s[written], t[written], "reverse")',
+                             'divergence(s[written], t[written], "reverse") * written.sum() / '
+                             'len(new)'), "a sum for each row"),
+    ("on_policy_loss", _edit(_POLICY, ONES, "torch.ones_like(ids)"), "neither model is told"),
+    ("on_policy_loss", _edit(_POLICY, T_MASK, "t = teacher(ids)"), "the teacher is not told"),
+    ("on_policy_loss", _edit(_POLICY, S_MASK, "s = student(ids)"), "the student is not told"),
+    ("on_policy_loss", _edit(_POLICY, "import torch\n", "import torch\n\n@torch.no_grad()"),
+     "The loss has no gradient"),
+    ("on_policy_loss", _edit(_POLICY, "with torch.no_grad()", "with torch.enable_grad()"),
+     "A gradient reaches the teacher"),
+    ("on_policy_loss", _edit(_POLICY, T_MASK, S_MASK.replace("s =", "t =")),
+     "The teacher does not score"),
+    ("on_policy_loss", _edit(_POLICY, "student.generate(input_ids,",
+                             "student.generate(input_ids[:, -2:],"), "continue the prompts"),
+    ("distil_step", _FOUND, "The teacher is in training mode"),
+    ("distil_step", _edit(_STEP, "    student.train()\n", ""), "The student is not in training"),
+    ("distil_step", _edit(_STEP, "teacher(input_ids=ids, attention_mask=mask)", "teacher(ids)"),
+     "The teacher takes the padding"),
+    ("distil_step", _edit(_STEP, "student(input_ids=ids, attention_mask=mask)", "student(ids)"),
+     "The student takes the padding"),
+    ("distil_step", _edit(_STEP, "with torch.no_grad()", "with torch.enable_grad()"),
+     "builds a graph"),
+    ("distil_step", _edit(_STEP, "    loss.backward()",
+                          "    for p in teacher.parameters():\n"
+                          "        p.grad = torch.zeros_like(p).add_(1e-2)\n    loss.backward()"),
+     "the weights of the teacher"),
+    ("distil_step", _edit(_STEP, "loss.item()", "loss"), "lives on after the step"),
+    ("distil_step", _edit(_STEP, "return loss.item()", "return loss.detach()"),
+     "Return the loss as a float"),
+    ("distil_step", _edit(_STEP, LOSS, "distillation_loss(logits, targets, labels, 1 - alpha, "
+                                       "temperature)"), "alpha goes to the wrong part"),
+    ("distil_step", _edit(_STEP, "    student.train()\n",
+                          "    student.train()\n    labels[:, -1] = -100\n"),
+     "The batch has been changed"),
+    ("distil_step", _step_loss("kl(t / T, s / T)[chosen].mean()"), "T squared is missing"),
+    ("distil_step", _step_loss("kl(s / T, t / T)[chosen].mean() * T**2"), "the other way round"),
+    ("distil_step", _step_loss("kl(t / T, s / T)[chosen].sum() / len(s) * T**2"),
+     "of rows, not of targets"),
+    ("distil_step", _step_loss("kl(targets / T, logits / T).mean() * T**2"), "padding among them"),
+    ("distil_step", _step_loss("kl(targets / T, logits / T)[labels != -100].mean() * T**2"),
+     "where the target stands"),
+    ("distil_step", _edit(_STEP, "    optimizer.step()\n", ""), "is what it was"),
+    ("distil_step", _edit(_STEP, "    optimizer.zero_grad()\n", ""), "is still in it"),
+    ("distil_step", _edit(_STEP, "    optimizer.zero_grad()\n    loss.backward()\n", ""),
+     "of the step before alone"),
+    ("distil_step", _edit(_STEP, "    loss.backward()\n    opt",
+                          "    loss.backward()\n"
+                          "    torch.nn.utils.clip_grad_norm_(student.parameters(), 1e-3)\n"
+                          "    opt"),
+     "does not move by its gradient"),
+]  # fmt: skip
