@@ -122,7 +122,7 @@ SOFT = "rows[chosen].mean() * T**2"
 SHIFT = "student_logits[:, :-1].float(), teacher_logits[:, :-1].float().detach()"
 BOTH = "alpha * hard + (1 - alpha) * soft"
 HARD = "cross_entropy(student.transpose(1, 2), labels)"
-LISTED = '    student.model.layers = nn.ModuleList(student.model.layers[i] for i in keep)\n'
+LISTED = "    student.model.layers = nn.ModuleList(student.model.layers[i] for i in keep)\n"
 NUMBERED = """    for number, layer in enumerate(student.model.layers):
         layer.self_attn.layer_idx = number
 """
@@ -381,9 +381,7 @@ WRONG = [
      "The student takes the padding"),
     ("distil_step", _edit(_STEP, "with torch.no_grad()", "with torch.enable_grad()"),
      "builds a graph"),
-    ("distil_step", _edit(_STEP, "    loss.backward()",
-                          "    for p in teacher.parameters():\n"
-                          "        p.grad = torch.zeros_like(p).add_(1e-2)\n    loss.backward()"),
+    ("distil_step", _edit(_STEP, "optimizer.zero_grad()", "student.zero_grad()"),
      "the weights of the teacher"),
     ("distil_step", _edit(_STEP, "loss.item()", "loss"), "lives on after the step"),
     ("distil_step", _edit(_STEP, "return loss.item()", "return loss.detach()"),
