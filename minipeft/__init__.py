@@ -4,7 +4,7 @@ from minipeft.batching import Batches, Collator, encode, padding_share, position
 from minipeft.checkpoints import load_adapter, save_adapter
 from minipeft.evaluation import classify, complete, wilson_interval
 from minipeft.freezing import count_parameters, freeze, unfreeze
-from minipeft.lora import add_lora, merge_lora, unmerge_lora
+from minipeft.lora import add_lora, lora_plus_groups, merge_lora, unmerge_lora
 from minipeft.models import budget, load_base, pick_device
 from minipeft.p_tuning import add_p_tuning, fold_p_tuning
 from minipeft.p_tuning_v2 import add_p_tuning_v2, fold_p_tuning_v2
@@ -37,6 +37,7 @@ __all__ = [
     "load_dialogues",
     "load_instructions",
     "load_reviews",
+    "lora_plus_groups",
     "merge_lora",
     "nearest_words",
     "padding_share",

@@ -215,7 +215,7 @@ def switch_checkpointing(model, on):
     method({"use_reentrant": False}) if on else method()
 
 
-def _refuse_bad_input(model, batches, device, precision, whole_numbers):
+def _refuse_bad_input(model, batches, device, precision, whole_numbers, groups):
     """Raise ValueError, with what to do, for input that cannot train."""
     for name, value in whole_numbers.items():
         if value is not None and (isinstance(value, float) or value < (name != "warmup_steps")):
@@ -238,7 +238,10 @@ def _refuse_bad_input(model, batches, device, precision, whole_numbers):
             "Nothing is trainable: every parameter has requires_grad=False. "
             "Add a technique, or unfreeze some modules."
         )
+    grouped = [id(p) for group in groups for p in group["params"]]
     for name, p in trainables(model).items():
+        if grouped.count(id(p)) != 1:
+            raise ValueError(f"{name} is trainable, but `groups` does not hold it exactly once.")
         if p.dtype in (torch.float16, torch.bfloat16):
             raise ValueError(
                 f"{name} is trainable but {p.dtype}: small updates would round away (claim 29). "
@@ -276,6 +279,7 @@ def train(
     lr,
     warmup_steps=0,
     weight_decay=0.0,
+    groups=None,
     accumulation=1,
     max_grad_norm=1.0,
     precision="float32",
@@ -295,6 +299,8 @@ def train(
     One step takes `accumulation` batches and divides the loss by the target tokens in all of them,
     so that it equals one step on one large batch. AdamW (Loshchilov and Hutter 2019, section 3),
     beta 0.9 and 0.999, eps 1e-8; `lr` rises linearly over `warmup_steps`, then falls to 0.
+    groups: parameter groups as torch.optim takes them, for rates or decays of their own; they
+    follow the same rise and fall. Default: `decay_groups`. History.lr is of the first group.
     max_grad_norm: gradients are scaled down to this norm at most; None clips nothing.
     precision: of the forward pass, by autocast; float16 also scales the loss.
     gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
@@ -318,9 +324,12 @@ def train(
         "eval_every": eval_every,
         "save_every": save_every,
     }
-    _refuse_bad_input(model, batches, device, precision, whole_numbers)
+    defaults = {"lr": lr, "weight_decay": weight_decay}
+    own = decay_groups(model, weight_decay) if groups is None else groups
+    own = [defaults | group | {"params": list(group["params"])} for group in own]
+    _refuse_bad_input(model, batches, device, precision, whole_numbers, own)
     params = list(trainables(model).values())
-    optimizer = torch.optim.AdamW(decay_groups(model, weight_decay), lr=lr)
+    optimizer = torch.optim.AdamW([dict(group) for group in own], lr=lr)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
     half = {"dtype": AUTOCAST[precision], "enabled": precision != "float32"}
     save_every = save_every or math.ceil(max_steps / 10)
@@ -332,6 +341,7 @@ def train(
             "lr": lr,
             "warmup_steps": warmup_steps,
             "weight_decay": weight_decay,
+            "groups": groups and [[g["lr"], g["weight_decay"], len(g["params"])] for g in own],
             "accumulation": accumulation,
             "max_grad_norm": max_grad_norm,
             "precision": precision,
@@ -367,8 +377,8 @@ def train(
         model.train()
         optimizer.zero_grad(set_to_none=True)  # whatever the caller left behind
         for step in range(begin, max_steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, lr, warmup_steps, max_steps)
+            for group, mine in zip(optimizer.param_groups, own, strict=True):
+                group["lr"] = learning_rate(step, mine["lr"], warmup_steps, max_steps)
             parts = list(itertools.islice(stream, accumulation))
             targets = sum(map(count_targets, parts))
             loss = 0.0

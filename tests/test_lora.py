@@ -7,13 +7,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from minipeft import Collator, add_lora, count_parameters, encode, load_base, train
+from minipeft import (
+    Collator,
+    add_lora,
+    count_parameters,
+    encode,
+    load_adapter,
+    load_base,
+    save_adapter,
+    train,
+)
 from minipeft import merge_lora as merge
 from minipeft import unmerge_lora as unmerge
-from minipeft.lora import LoRALinear
+from minipeft.lora import LoRALinear, lora_plus_groups, matrix
+from minipeft.memory import estimate, measure
+from minipeft.quantization import quantize_base
 
 LAYERS = {
     "tiny-llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"],
@@ -22,6 +34,13 @@ LAYERS = {
     "tiny-qwen2": ["q_proj", "v_proj", "up_proj", "1.mlp.down_proj"],
     "tiny-gpt_neox": ["query_key_value", "dense", "dense_4h_to_h"],
 }
+TABLES = {  # input embedding and head
+    "tiny-llama": ["embed_tokens", "lm_head"],
+    "tiny-gpt2": ["wte", "lm_head"],
+    "tiny-bloom": ["word_embeddings", "lm_head"],
+    "tiny-qwen2": ["embed_tokens", "lm_head"],
+    "tiny-gpt_neox": ["embed_in", "lm_head"],
+}
 EVERY = pytest.mark.parametrize("name", LAYERS)
 
 
@@ -29,36 +48,59 @@ def layers(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
-def tuned(name, dtype=torch.float64, **options):
-    """A tiny model with LoRA whose B is not zero, as if it had been trained."""
+def base(name, dtype=torch.float64, untied=False):
+    """A tiny model, with a head of its own if it is to be untied."""
     model, tokenizer = load_base(name, device="cpu", dtype=dtype)
-    torch.manual_seed(1)
-    add_lora(model, **{"r": 4, "targets": LAYERS[name][:2]} | options)
-    for layer in layers(model).values():
-        nn.init.normal_(layer.lora_B, std=0.1)
+    if untied:
+        head = model.get_output_embeddings()
+        head.weight = nn.Parameter(head.weight.detach() * 0.9)
+        model.config.tie_word_embeddings = False
     return model, tokenizer
 
 
-def as_peft(model, name, dtype=torch.float64, alpha=16, dropout=0.0, r=4, targets=None, scaling=""):
-    """The model of HF peft with the same configuration, and the same A and B."""
-    base, _ = load_base(name, device="cpu", dtype=dtype)
+def tuned(name, dtype=torch.float64, untied=False, **options):
+    """A tiny model with LoRA that changes something, as if it had been trained."""
+    model, tokenizer = base(name, dtype, untied)
+    torch.manual_seed(1)
+    add_lora(model, **{"r": 4, "targets": LAYERS[name][:2]} | options)
+    for layer in layers(model).values():
+        table = isinstance(layer.base, nn.Embedding)
+        nn.init.normal_(layer.lora_A if table else layer.lora_B, std=0.1)
+        if layer.lora_magnitude is not None:
+            layer.lora_magnitude.data *= torch.rand_like(layer.lora_magnitude) + 0.5
+    return model, tokenizer
+
+
+def as_peft(
+    model, name, dtype=torch.float64, alpha=16, dropout=0.0, r=4, targets=None, scaling="",
+    dora=False, untied=False,
+):  # fmt: skip
+    """The model of HF peft with the same configuration, and the same trainables."""
     config = peft.LoraConfig(
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=targets or LAYERS[name][:2],
         use_rslora=scaling == "rslora",
+        use_dora=dora,
         fan_in_fan_out=name == "tiny-gpt2",
         task_type="CAUSAL_LM",
     )
-    other = peft.get_peft_model(base, config, autocast_adapter_dtype=False).eval()
+    other = peft.get_peft_model(base(name, dtype, untied)[0], config, autocast_adapter_dtype=False)
+    other.eval()
     pairs = {}
     for key, layer in layers(model).items():
         theirs = other.get_submodule(f"base_model.model.{key}")
-        for letter in "AB":
-            weight = getattr(theirs, f"lora_{letter}")["default"].weight
-            weight.data = getattr(layer, f"lora_{letter}").detach().clone()
-            pairs[f"{key}.{letter}"] = (getattr(layer, f"lora_{letter}"), weight)
+        for own, mine in layer.named_parameters(recurse=False):
+            if own == "lora_magnitude":
+                weight = theirs.lora_magnitude_vector["default"].weight
+            elif isinstance(layer.base, nn.Embedding):
+                weight = getattr(theirs, own.replace("lora_", "lora_embedding_"))["default"]
+            else:
+                weight = getattr(theirs, own)["default"].weight
+            assert weight.shape == mine.shape
+            weight.data = mine.detach().clone()
+            pairs[f"{key}.{own}"] = (mine, weight)
     count = sum(p.requires_grad for p in other.parameters())
     assert count == len(pairs), "both libraries change the same layers"
     return other, pairs
@@ -87,8 +129,11 @@ def test_logits_and_gradients_are_those_of_hf_peft(name, data):
         "r": data.draw(st.integers(1, 9)),
         "alpha": data.draw(st.integers(1, 40)),
         "scaling": data.draw(st.sampled_from(["alpha/r", "rslora"])),
-        "targets": data.draw(st.lists(st.sampled_from(LAYERS[name]), min_size=1, unique=True)),
+        "dora": data.draw(st.booleans()),
+        "untied": data.draw(st.booleans()),
     }
+    names = LAYERS[name] + TABLES[name][: 1 + options["untied"]]
+    options["targets"] = data.draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
     model, _ = tuned(name, **options)
     other, pairs = as_peft(model, name, **options)
     sides = ["right", "left"]
@@ -132,14 +177,22 @@ def test_counted_by_formula(name):
 
 @EVERY
 def test_merging_is_exact_to_rounding_and_can_be_undone(name):
-    model, _ = tuned(name)
+    merge_and_back(name)
+
+
+def merge_and_back(name, dora=False, **options):
+    model, _ = tuned(name, dora=dora, **options)
     batch = batch_of(1, 2, 6)
     apart = model(**batch).logits
     weights = [layer.base.weight.clone() for layer in layers(model).values()]
     assert merge(model) is model
+    assert not any(p.requires_grad for p in model.parameters())
     assert close(model(**batch).logits, apart, 1e-6)
     for layer, weight in zip(layers(model).values(), weights, strict=True):
         change = layer.scaling * layer.lora_B @ layer.lora_A
+        if dora:  # each row is as long as the magnitude says
+            assert close(matrix(layer.base).norm(dim=1), layer.lora_magnitude.abs(), 1e-12)
+            continue
         change = change if isinstance(layer.base, nn.Linear) else change.T
         assert close(layer.base.weight - weight, change, 1e-12)
     unmerge(model)
@@ -179,6 +232,7 @@ def test_merging_twice_or_training_merged_is_refused():
         ({"dropout": 1.0}, "dropout=1.0 is no probability"),
         ({"scaling": "r/alpha"}, "scaling='r/alpha' is none of 'alpha/r', 'rslora'"),
         ({"targets": ("lm_head",)}, "weight of lm_head is tied"),
+        ({"targets": ("embed_tokens", "lm_head")}, "weight of lm_head is tied"),
     ],
 )
 def test_bad_input_is_refused_and_the_model_left_alone(options, message):
@@ -293,3 +347,206 @@ def test_on_cuda():
     expected = model(**batch).logits
     found = model.to("cuda")(**{k: v.to("cuda") for k, v in batch.items()}).logits.cpu()
     assert close(found, expected, 1e-4)
+
+
+@EVERY
+def test_dora_starts_as_the_base_to_the_bit_and_costs_one_number_a_row(name):
+    for dtype in (torch.float32, torch.bfloat16):
+        model, _ = load_base(name, device="cpu", dtype=dtype)
+        batch = batch_of(0, 2, 6)
+        expected = model(**batch).logits
+        targets = LAYERS[name] + TABLES[name][:1]
+        add_lora(model, r=4, targets=targets, dora=True, dropout=0.2)
+        assert torch.equal(model(**batch).logits, expected)
+        for layer in layers(model).values():
+            assert layer.lora_magnitude.dtype == torch.float32
+            norms = matrix(layer.base).float().norm(dim=1)
+            assert close(layer.lora_magnitude, norms)
+            layer.lora_magnitude.data *= 1.1
+        assert not torch.equal(model(**batch).logits, expected)
+    plain = count_parameters(add_lora(load_base(name, device="cpu")[0], r=4, targets=targets))[0]
+    rows = sum(layer.lora_B.shape[0] for layer in layers(model).values())
+    assert count_parameters(model)[0] == plain + rows
+
+
+def test_a_row_of_zeros_has_no_direction_but_gives_no_nan():
+    layer = LoRALinear(nn.Linear(4, 3), 2, 2, dora=True)
+    with torch.no_grad():
+        layer.base.weight[1] = 0  # as the row of a padding token in a head
+        layer.lora_magnitude.copy_(layer.norms())
+    x = torch.randn(2, 5, 4)
+    assert torch.equal(layer(x), layer.base(x))
+    layer(x).sum().backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters() if p.grad is not None)
+    old = layer.base.weight.clone()
+    layer.shift_weight(1)
+    layer.shift_weight(-1)
+    torch.testing.assert_close(layer.base.weight, old)
+
+
+@EVERY
+def test_dora_drops_what_hf_peft_drops(name):
+    options = {"dora": True, "dropout": 0.5, "targets": LAYERS[name][:1]}
+    model, _ = tuned(name, **options)
+    other, pairs = as_peft(model, name, **options)
+    batch = batch_of(2, 3, 7)
+    assert close(model(**batch).logits, other(**batch).logits)
+    drawn = []
+    for one in (model, other):  # only these layers draw: the rest of the model stays in eval mode
+        for module in one.modules():
+            if isinstance(module, (LoRALinear, peft.tuners.lora.layer.LoraLayer)):
+                module.train()
+        torch.manual_seed(3)
+        out = one(**batch)
+        out.loss.backward()
+        drawn.append(out.logits)
+    assert close(*drawn)
+    for ours, theirs in pairs.values():
+        assert close(ours.grad, theirs.grad)
+    assert not close(drawn[0], model.eval()(**batch).logits, 1e-3)
+
+
+@EVERY
+def test_dora_embeddings_and_heads_merge_and_come_back(name):
+    merge_and_back(name, dora=True)
+    merge_and_back(name, untied=True, targets=TABLES[name])
+    merge_and_back(name, dora=True, untied=True, targets=LAYERS[name][:1] + TABLES[name])
+
+
+@EVERY
+@pytest.mark.parametrize("dora", [False, True])
+def test_every_kind_is_saved_and_read_by_both_libraries(name, dora, tmp_path):
+    options = {"untied": True, "dora": dora, "targets": [LAYERS[name][0], *TABLES[name]]}
+    model, _ = tuned(name, **options)
+    folder = save_adapter(model, tmp_path / "ours")
+    batch = batch_of(9, 2, 6)
+    expected = model(**batch).logits
+    double = {"autocast_adapter_dtype": False}
+    theirs = peft.PeftModel.from_pretrained(base(name, untied=True)[0], folder, **double)
+    assert close(theirs.eval().double()(**batch).logits, expected)
+    other, _ = as_peft(model, name, **options)
+    other.save_pretrained(tmp_path / "theirs", save_embedding_layers=True)
+    for place in (folder, tmp_path / "theirs"):
+        again = load_adapter(base(name, untied=True)[0], place)
+        assert close(again(**batch).logits, expected, 1e-12)
+    tied, _ = base(name)
+    if tied.get_output_embeddings().weight is tied.get_input_embeddings().weight:
+        with pytest.raises(ValueError, match="weight of lm_head is tied"):
+            load_adapter(tied, folder)
+    changed, _ = base(name, untied=True)
+    changed.get_input_embeddings().weight.data *= 2
+    with pytest.raises(ValueError, match="another base model: .*base_layer.weight differs"):
+        load_adapter(changed, tmp_path / "theirs")
+    assert not layers(changed)
+
+
+def test_a_tied_embedding_changes_the_input_side_only_and_cannot_be_merged():
+    model, _ = tuned("tiny-llama", targets="embed_tokens")
+    plain, _ = base("tiny-llama")
+    ids = batch_of(3, 2, 6)["input_ids"]
+    table = plain.model.embed_tokens.weight
+    assert model.lm_head.weight is model.model.embed_tokens.base.weight
+    assert torch.equal(model.lm_head.weight, table)
+    (layer,) = layers(model).values()
+    rows = table[ids] + layer.change().T[ids]  # (batch, seq, hidden)
+    assert close(model(ids).logits, plain(inputs_embeds=rows).logits)
+    before = model(ids).logits
+    with pytest.raises(ValueError, match="model.embed_tokens is tied .* untie the head first"):
+        merge(model)
+    assert torch.equal(model(ids).logits, before)
+    model.lm_head.weight = nn.Parameter(table.detach().clone())
+    assert close(merge(model)(ids).logits, before)
+
+
+def test_an_embedding_that_scales_its_rows():
+    from transformers import AutoModelForCausalLM, Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        vocab_size=60, hidden_size=16, intermediate_size=20, num_hidden_layers=1, head_dim=8,
+        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=False,
+    )  # fmt: skip
+    ids = torch.arange(5, 15).reshape(2, 5)
+    for dora in (False, True):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+        settings = peft.LoraConfig(
+            r=3, target_modules=["embed_tokens"], use_dora=dora, init_lora_weights=False
+        )
+        other = peft.get_peft_model(copy.deepcopy(model), settings, autocast_adapter_dtype=False)
+        other = other.eval().double()
+        add_lora(model, r=3, alpha=8, targets="embed_tokens", dora=dora)
+        (layer,) = layers(model).values()
+        theirs = other.base_model.model.model.embed_tokens
+        layer.lora_A.data = theirs.lora_embedding_A["default"].data
+        layer.lora_B.data = theirs.lora_embedding_B["default"].data
+        expected = other(ids).logits
+        if not dora:  # with DoRA, peft leaves the scale out of the low-rank part
+            assert close(model(ids).logits, expected)
+        expected = model(ids).logits
+        assert close(merge(model)(ids).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])
+def test_dora_on_a_four_bit_base_is_dora_on_what_the_codes_stand_for(name):
+    model, _ = load_base(name, device="cpu")
+    quantize_base(model)
+    rounded, _ = load_base(name, device="cpu")
+    for key, module in model.named_modules():
+        if hasattr(module, "codes"):
+            twin = rounded.get_submodule(key)
+            matrix(twin).data.copy_(module.weight)
+    batch = batch_of(5, 2, 6)
+    for one in (model, rounded):
+        torch.manual_seed(0)
+        add_lora(one, r=4, targets=LAYERS[name][:2], dora=True)
+        for layer in layers(one).values():
+            nn.init.normal_(layer.lora_B, std=0.1)
+        one(**batch).loss.backward()
+    assert close(model(**batch).logits, rounded(**batch).logits, 1e-5)
+    for a, b in zip(layers(model).values(), layers(rounded).values(), strict=True):
+        assert close(a.lora_A.grad, b.lora_A.grad, 1e-4)
+        assert close(a.lora_magnitude.grad, b.lora_magnitude.grad, 1e-4)
+    with pytest.raises(ValueError, match="This base is quantised"):
+        merge(model)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_memory_of_dora_is_predicted(dropout):
+    from transformers import GPT2Config, LlamaConfig
+
+    wide = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
+    llama = LlamaConfig(**wide, num_hidden_layers=3, vocab_size=2000)
+    for config, targets in ((llama, ["q_proj", "down_proj"]), (GPT2Config(n_layer=2), "c_proj")):
+        for options in ({"seq": 256}, {"precision": "bfloat16", "checkpointing": True}):
+            method = lambda m: add_lora(m, targets=targets, dropout=dropout, dora=True)  # noqa: E731, B023
+            predicted, measured = (
+                f(config, method, batch=2, **options) for f in (estimate, measure)
+            )
+            assert predicted.total == pytest.approx(measured.total, rel=0.002)
+            for part in ("parameters", "gradients", "optimizer", "activations"):
+                assert predicted.parts[part] == pytest.approx(measured.parts[part], rel=0.002)
+
+
+def test_lora_plus_is_that_of_hf_peft():
+    model, _ = tuned("tiny-llama", torch.float32)
+    other, pairs = as_peft(model, "tiny-llama", torch.float32)
+    theirs = create_loraplus_optimizer(
+        other, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16, betas=(0.9, 0.999)
+    )
+    slow, fast = lora_plus_groups(model, lr=1e-3, ratio=16)
+    assert slow["params"] == [m.lora_A for m in layers(model).values()]
+    assert fast["params"] == [m.lora_B for m in layers(model).values()]
+    batch = batch_of(6, 2, 6)
+    train(model, [batch], max_steps=1, lr=1e-3, groups=[slow, fast], max_grad_norm=None,
+          progress=False)  # fmt: skip
+    other(**batch).loss.backward()
+    theirs.step()
+    for ours, theirs in pairs.values():
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+    one, _ = tuned("tiny-llama", torch.float32, targets=["q_proj", "embed_tokens"], dora=True)
+    slow, fast = lora_plus_groups(one, lr=1e-3)
+    assert len(fast["params"]) == 2 and len(slow["params"]) == 7
+    with pytest.raises(ValueError, match="ratio=0 must be above 0"):
+        lora_plus_groups(one, lr=1e-3, ratio=0)
+    with pytest.raises(ValueError, match="has no LoRA"):
+        lora_plus_groups(base("tiny-llama")[0], lr=1e-3)

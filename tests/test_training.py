@@ -258,3 +258,60 @@ def test_kill_9_and_resume_is_bit_identical(tmp_path):
     assert subprocess.run([*command, str(folder)], check=True, **options).stdout == straight
     assert [f.name for f in folder.iterdir()] == ["step-000060"]
     assert len(json.loads(straight.split("|")[0])["train_loss"]) == 60
+
+
+def groups_of(model):
+    """Attention at 5e-3 with decay, all else at the default rate of the call."""
+    named = dict(model.named_parameters())
+    fast = [p for n, p in named.items() if "self_attn" in n]
+    slow = [p for n, p in named.items() if "self_attn" not in n]
+    return [
+        {"params": iter(slow), "weight_decay": 0.0},
+        {"params": fast, "lr": 5e-3, "weight_decay": 0.1},
+    ]
+
+
+def test_groups_have_rates_of_their_own_under_the_same_schedule(tmp_path):
+    model, plain = build(), build().train()
+    history = run(model, groups=groups_of(model), warmup_steps=2, max_grad_norm=None)
+    assert history.lr == [learning_rate(i, 1e-2, 2, 6) for i in range(6)]
+    optimizer = torch.optim.AdamW(groups_of(plain), lr=1e-2)
+    schedule = get_linear_schedule_with_warmup(optimizer, 2, 6)
+    for i in range(6):
+        plain(**BATCHES[i % 4]).loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    other = build()
+    run(other, warmup_steps=2, max_grad_norm=None)
+    assert not torch.allclose(other.lm_head.weight, model.lm_head.weight, atol=1e-4)
+
+
+def test_a_run_with_groups_resumes_and_refuses_other_groups(tmp_path, monkeypatch):
+    straight = build()
+    expected = run(straight, groups=groups_of(straight))
+    model, again = build(), build()
+    import minipeft.training as training
+
+    real, steps = training.save_checkpoint, []
+
+    def stop(*args):
+        real(*args)
+        steps.append(args[1])
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "save_checkpoint", stop)
+    options = {"checkpoint_dir": tmp_path, "save_every": 1}
+    with pytest.raises(KeyboardInterrupt):
+        run(model, groups=groups_of(model), **options)
+    with pytest.raises(ValueError, match="had groups=.*this call has groups=None"):
+        run(build(), **options)
+    assert run(again, groups=groups_of(again), **options) == expected
+    assert all(map(torch.equal, again.parameters(), straight.parameters()))
+    with pytest.raises(ValueError, match="embed_tokens.weight is trainable, but `groups`"):
+        run(build(), groups=groups_of(build()))
+    with pytest.raises(ValueError, match="not hold it exactly once"):
+        run(again, groups=groups_of(again) + groups_of(again))
