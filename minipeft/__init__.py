@@ -1,5 +1,6 @@
 """minipeft: parameter-efficient fine-tuning from scratch, one short module per technique."""
 
+from minipeft.adapters import add_adapters
 from minipeft.batching import Batches, Collator, encode, padding_share, position_ids_from_mask
 from minipeft.checkpoints import load_adapter, save_adapter
 from minipeft.evaluation import classify, complete, wilson_interval
@@ -17,6 +18,7 @@ __all__ = [
     "Batches",
     "Collator",
     "History",
+    "add_adapters",
     "add_lora",
     "add_p_tuning",
     "add_p_tuning_v2",

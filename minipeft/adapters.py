@@ -1,0 +1,197 @@
+"""Bottleneck adapters: small networks between the frozen layers of a block.
+
+    h = f(x)                                   f: a frozen output projection, h: (..., hidden)
+    y = h + up(activation(down(h)))            down: (m, hidden), up: (hidden, m), with biases
+
+Houlsby et al. 2019 (section 2.1, figure 2) put one after attention and one after the feed-forward
+part of each block, before the residual sum. Pfeiffer et al. 2021 (AdapterFusion) keep the second of
+them only. Houlsby et al. start both matrices near zero. Here `down` starts as theirs and `up` at
+zero, so that the model is unchanged to the bit before the first step. Both at zero would be dead:
+each gradient is a product with the other matrix.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn.functional import gelu, relu, silu
+from transformers.pytorch_utils import Conv1D
+
+from minipeft.freezing import at_least_float32, blocks, freeze
+
+PEFT_TYPE = "MINIPEFT_ADAPTERS"  # HF peft has none of this kind, and refuses the name
+ACTIVATIONS = {"gelu": gelu, "relu": relu, "silu": silu}
+PLACEMENTS = {"houlsby": ("attention", "feed-forward"), "pfeiffer": ("feed-forward",)}
+# What the last layer of a part is called, whose output goes into the residual sum: Llama and Qwen2,
+# GPT-2, Bloom and GPT-NeoX.
+LAST = {
+    "attention": ("o_proj", "c_proj", "dense"),
+    "feed-forward": ("down_proj", "c_proj", "dense_4h_to_h"),
+}
+
+
+class Adapter(nn.Module):
+    """What `base` gives, and a trainable correction of it: 2 * hidden * m + hidden + m parameters.
+
+    base: the frozen layer, from (..., in) to (..., hidden), or another Adapter to stand on.
+    place: {"device": ..., "dtype": ...} of the trainables.
+    """
+
+    def __init__(self, base, hidden, bottleneck, activation, place):
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(hidden, bottleneck, **place)
+        self.up = nn.Linear(bottleneck, hidden, **place)
+        self.activation = activation
+        # Normal with deviation 1e-2, cut off at two deviations, as the paper starts. Drawn from the
+        # quantiles, since torch's trunc_normal_ draws until it fits, which a meta model cannot.
+        edge = math.erf(math.sqrt(2))
+        with torch.no_grad():
+            self.down.weight.uniform_(-edge, edge).erfinv_().mul_(0.01 * math.sqrt(2))
+        for zero in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(zero)
+        self.train(base.training)  # a model in eval mode stays in it
+
+    def forward(self, x):
+        h = self.base(x)  # (batch, seq, hidden)
+        # On a half-precision base the adapter stays in float32 and only the sum is rounded.
+        z = ACTIVATIONS[self.activation](self.down(h.to(self.down.weight.dtype)))  # (b, seq, m)
+        return (h + self.up(z)).to(h.dtype)
+
+    def on_paper(self, tape, x, out):
+        """The same forward in the operations of minipeft.tape, for `memory.estimate`."""
+        h = tape.apply(self.base, x, out, "")
+        z, m = tape.cast(h, self.down.weight.dtype.itemsize), str(self.down.out_features)
+        z = tape.linear(z, self.down.weight, m, self.down.bias, name="down input")
+        z = tape.activation(z, self.activation)
+        z = tape.linear(z, self.up.weight, out, self.up.bias, name="up input")
+        return tape.cast(tape.add(h, z), h.width)
+
+
+def add_adapters(model, bottleneck=64, placement="houlsby", activation="gelu"):
+    """Freeze `model` and put adapters into every block. Returns the model.
+
+    bottleneck  m, the width between down and up: 2 * hidden * m + hidden + m trainables for each
+                adapter.
+    placement   "houlsby": after the output projection of attention and after that of the
+                feed-forward part, two a block. "pfeiffer": only the latter, one a block.
+    activation  "gelu", "relu" or "silu".
+    Dropout that the model has there, as GPT-2 and Bloom do, comes after the adapter.
+    On a model that has adapters already, the new ones stand on the old ones, which are frozen with
+    the base (MAD-X, Pfeiffer et al. 2020, section 3.2).
+    The trainables are float32, also on a half-precision base (float64 on a float64 one).
+    Raises ValueError for a number below 1, an unknown word, a model with another technique, and one
+    in whose blocks the output projections are not found.
+    """
+    _check(model, bottleneck, placement, activation)
+    found = _places(model, placement)
+    freeze(model)
+    for name, layer, place in found:
+        parent, _, last = name.rpartition(".")
+        adapter = Adapter(layer, model.config.hidden_size, bottleneck, activation, place)
+        setattr(model.get_submodule(parent), last, adapter)
+    model.minipeft_technique = "adapters"
+    config = {"bottleneck": bottleneck, "placement": placement, "activation": activation}
+    model.adapter_configs = [*getattr(model, "adapter_configs", []), config]
+    return model
+
+
+def _check(model, bottleneck, placement, activation):
+    other = getattr(model, "minipeft_technique", None)
+    if other not in (None, "adapters"):
+        raise ValueError(
+            f"This model has {other} already, which adapters would freeze; load the base anew."
+        )
+    if isinstance(bottleneck, bool) or not isinstance(bottleneck, int) or bottleneck < 1:
+        raise ValueError(f"bottleneck={bottleneck} is no width; give a whole number from 1 on.")
+    if placement not in list(PLACEMENTS):
+        raise ValueError(f"placement={placement!r} is none of {', '.join(map(repr, PLACEMENTS))}.")
+    if activation not in list(ACTIVATIONS):
+        known = ", ".join(map(repr, ACTIVATIONS))
+        raise ValueError(f"activation={activation!r} is none of {known}.")
+
+
+def _places(model, placement):
+    """[(dotted name, layer, {"device", "dtype"} for trainables)], in the order of the blocks.
+
+    The layer is an output projection, or the Adapter that stands in its place.
+    """
+    names, found = {module: name for name, module in model.named_modules()}, []
+    for block in blocks(model):
+        weight = next(block.parameters())
+        place = {"device": weight.device, "dtype": at_least_float32(weight.dtype)}
+        layers = {
+            name: module
+            for name, module in block.named_modules()
+            if isinstance(module, (nn.Linear, Conv1D, Adapter))
+        }
+        for part in PLACEMENTS[placement]:
+            fitting = [
+                module
+                for name, module in layers.items()
+                if name.split(".")[-1] in LAST[part] and ("att" in name) == (part == "attention")
+            ]
+            if len(fitting) != 1:
+                raise ValueError(
+                    f"A block of {type(model).__name__} should have one output projection of its "
+                    f"{part} part, named {' or '.join(LAST[part])}, and has {len(fitting)}; its "
+                    f"layers are {', '.join(layers)}."
+                )
+            found.append((names[fitting[0]], fitting[0], place))
+    return found
+
+
+# ---- the folder format (checkpoints.py) ---------------------------------------------------------
+
+
+def to_peft(model):
+    """(adapter_config, {key: tensor}) of the adapters that were added last.
+
+    Those that they stand on are not written: they have a folder of their own, if they were saved
+    when they were trained. "stands_on" says how many there are.
+    """
+    config = model.adapter_configs[-1] | {"stands_on": len(model.adapter_configs) - 1}
+    state = {
+        f"{name}.{key}": getattr(adapter, part).get_parameter(kind)
+        for name, adapter, _ in _places(model, config["placement"])
+        for key in _shapes(1, 1)
+        for part, kind in [key.split(".")]
+    }
+    return config, state
+
+
+def _shapes(hidden, m):
+    return {"down.weight": (m, hidden), "down.bias": (m,),
+            "up.weight": (hidden, m), "up.bias": (hidden,)}  # fmt: skip
+
+
+def from_peft(model, config, state):
+    """Add the adapters of a folder to `model`, on top of those it has; all or nothing.
+
+    Raises ValueError if they do not fit, or were trained on top of more adapters or fewer.
+    """
+    settings = [config.get(key) for key in ("bottleneck", "placement", "activation")]
+    _check(model, *settings)
+    present = len(getattr(model, "adapter_configs", []))
+    if config.get("stands_on") != present:
+        raise ValueError(
+            f"These adapters were trained on top of {config.get('stands_on')} others, and this "
+            f"model has {present}; load the others first, on the base model."
+        )
+    expected = {
+        f"{name}.{key}": shape
+        for name, *_ in _places(model, settings[1])
+        for key, shape in _shapes(model.config.hidden_size, settings[0]).items()
+    }
+    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    if shapes != expected:
+        key = sorted(set(shapes.items()) ^ set(expected.items()))[0][0]
+        raise ValueError(
+            f"The adapter does not fit this base model: {key} is {shapes.get(key, 'missing')} in "
+            f"the adapter, and {expected.get(key, 'nowhere')} in the model."
+        )
+    add_adapters(model, *settings)
+    with torch.no_grad():
+        for key, tensor in state.items():
+            model.get_parameter(key).copy_(tensor)
+    return model
