@@ -3,6 +3,7 @@
 from minipeft.adapters import add_adapters
 from minipeft.batching import Batches, Collator, encode, padding_share, position_ids_from_mask
 from minipeft.checkpoints import load_adapter, save_adapter
+from minipeft.distillation import distil_from, distillation_loss, student_from_layers
 from minipeft.evaluation import classify, complete, wilson_interval
 from minipeft.freezing import count_parameters, freeze, unfreeze
 from minipeft.lora import add_lora, lora_plus_groups, merge_lora, unmerge_lora
@@ -28,6 +29,8 @@ __all__ = [
     "classify",
     "complete",
     "count_parameters",
+    "distil_from",
+    "distillation_loss",
     "encode",
     "evaluate",
     "fold_p_tuning",
@@ -46,6 +49,7 @@ __all__ = [
     "pick_device",
     "position_ids_from_mask",
     "save_adapter",
+    "student_from_layers",
     "train",
     "unfreeze",
     "unmerge_lora",

@@ -277,6 +277,7 @@ def train(
     *,
     max_steps,
     lr,
+    loss_sum=loss_sum,
     warmup_steps=0,
     weight_decay=0.0,
     groups=None,
@@ -301,6 +302,8 @@ def train(
     beta 0.9 and 0.999, eps 1e-8; `lr` rises linearly over `warmup_steps`, then falls to 0.
     groups: parameter groups as torch.optim takes them, for rates or decays of their own; they
     follow the same rise and fall. Default: `decay_groups`. History.lr is of the first group.
+    loss_sum: what is made small, a function (model, batch) that returns the loss summed over the
+    target tokens, in nats. Default: the cross-entropy, which evaluation takes in any case.
     max_grad_norm: gradients are scaled down to this norm at most; None clips nothing.
     precision: of the forward pass, by autocast; float16 also scales the loss.
     gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
@@ -348,6 +351,7 @@ def train(
             "gradient_checkpointing": gradient_checkpointing,
             "eval_every": eval_every,
             "seed": seed,
+            "loss_sum": getattr(loss_sum, "__qualname__", type(loss_sum).__name__),
             "model fingerprint": fingerprint(model),
         }
         folder = _resume_folder(checkpoint_dir, resume, settings)

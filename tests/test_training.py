@@ -22,7 +22,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from minipeft.training import History, decay_groups, evaluate, learning_rate, train
+from minipeft.training import History, decay_groups, evaluate, learning_rate, loss_sum, train
 
 WIDE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 40}
 CONFIGS = {
@@ -217,6 +217,38 @@ def test_bad_input_gets_one_sentence(tmp_path):
         run(build(), checkpoint_dir=tmp_path, lr=0.5)
     with pytest.raises(ValueError, match="model fingerprint"):
         run(build("gpt2"), checkpoint_dir=tmp_path)
+
+
+def doubled(model, batch):
+    return 2 * loss_sum(model, batch)
+
+
+def test_another_loss_is_summed_divided_and_resumed_like_the_default(tmp_path):
+    options = {"accumulation": 2, "max_grad_norm": None, "eval_batches": BATCHES[:1]}
+    plain, other = run(build(), max_steps=1, **options), run(build(), loss_sum=doubled, **options)
+    assert other.train_loss[0] == pytest.approx(2 * plain.train_loss[0], rel=1e-6)
+    assert other.grad_norm[0] == pytest.approx(2 * plain.grad_norm[0], rel=1e-5)
+    model = build()
+    history = run(model, loss_sum=doubled, **options)
+    assert history.eval_loss[-1] == evaluate(model, BATCHES[:1])  # still the cross-entropy
+
+    calls = []
+
+    def failing(model, batch):
+        calls.append(batch)
+        if len(calls) == 9:  # in step 5 of 6
+            raise KeyboardInterrupt
+        return doubled(model, batch)
+
+    failing.__qualname__ = doubled.__qualname__
+    again, options = build(), options | {"checkpoint_dir": tmp_path, "save_every": 1}
+    with pytest.raises(KeyboardInterrupt):
+        run(again, loss_sum=failing, **options)
+    assert run(again, loss_sum=doubled, **options) == history
+    for p, q in zip(again.parameters(), model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    with pytest.raises(ValueError, match="had loss_sum=doubled, this call has loss_sum=loss_sum"):
+        run(build(), **options)
 
 
 KILLED = """
