@@ -111,7 +111,7 @@ def hidden_loss(student_states, teacher_states, pairs, mask, projection=None):
                 f"{tuple(theirs.shape)}; where widths differ, give a projection."
             )
         wide = torch.promote_types(ours.dtype, torch.float32)
-        ours, theirs = ours.to(wide), theirs.detach().to(ours.device, wide)
+        ours, theirs = ours.to(wide), theirs.to(ours.device, wide)
         size = theirs.square().sum(-1).clamp(min=1e-12)  # (batch, seq)
         total = total + ((ours - theirs).square().sum(-1) / size * weight).sum(-1)
     return total / len(pairs)

@@ -422,6 +422,20 @@ def test_a_student_learns_its_teacher_and_accumulation_is_one_batch():
     assert one.train_loss[-1] < 0.2 * one.train_loss[0]
 
 
+def test_checkpointing_and_half_precision_work_with_a_teacher():
+    teacher, tokenizer = four_layers()
+    batch = Collator(tokenizer.pad_token_id)(rows(tokenizer))
+    loss = distil_from(teacher, pairs=[(2, 4)])
+    options = {"max_steps": 4, "lr": 1e-2, "loss_sum": loss, "progress": False}
+    plain, saving, half = (
+        train(student_from_layers(teacher, [0, 1]), [batch], **options, **more)
+        for more in ({}, {"gradient_checkpointing": True}, {"precision": "bfloat16"})
+    )
+    assert saving.train_loss == pytest.approx(plain.train_loss, rel=1e-5)
+    assert half.train_loss == pytest.approx(plain.train_loss, rel=0.1)
+    assert half.train_loss != plain.train_loss
+
+
 def test_a_projection_is_trained_with_the_student(tiny):
     student, tokenizer = tiny
     teacher, _ = four_layers(hidden_size=48, num_attention_heads=4)
