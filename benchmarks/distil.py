@@ -1,0 +1,225 @@
+"""Shrinking SmolLM2 from 30 blocks to 15 and to 8, by several routes of the same length.
+
+    python benchmarks/distil.py [--runs 99] [--seeds 0] [--teacher FOLDER]
+
+The teacher is SmolLM2 with LoRA (r=8, 60 steps of 8 film reviews, as in notebook 11), merged. Each
+student is cut out of it and trained whole, the embedding excepted, which is the head too. A route
+is a list of cuts; its steps are shared out equally between them. Losses:
+
+  labels              cross-entropy alone, as if there were no teacher
+  labels+soft         alpha = 0.5, T = 2, forward KL
+  labels+soft+hidden  the same, and the final hidden states of all tokens are to be the teacher's
+
+After each cut and each training the student is judged on the same 600 test reviews as the teacher.
+`read` and `write` are tokens a second, student over teacher, medians of rounds in which the two
+take turns: 32 reviews read with one answer each, and 32 tokens written after one prompt.
+
+A run appends its rows to benchmarks/results/distil.csv when it is through, and is not repeated.
+"""
+
+import argparse
+import csv
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from minipeft import (
+    Batches,
+    Collator,
+    add_lora,
+    classify,
+    complete,
+    count_parameters,
+    distil_from,
+    encode,
+    load_adapter,
+    load_base,
+    load_reviews,
+    merge_lora,
+    save_adapter,
+    student_from_layers,
+    train,
+)
+from minipeft.freezing import blocks
+from minipeft.lora import LoRALinear
+from this_machine import this_machine
+
+RESULTS = Path(__file__).resolve().parent / "results" / "distil.csv"
+COLUMNS = """date device threads torch transformers route loss lr seed steps step layers parameters
+bytes train_loss right total as_teacher teacher_right read write seconds answers""".split()
+ROUTES = {
+    "first 15": [range(15)],
+    "every other 15": [range(0, 30, 2)],
+    "first 8": [range(8)],
+    "every fourth 8": [range(0, 30, 4)],
+    "first 15, then 8": [range(15), range(8)],
+    "every other 15, then 8": [range(0, 30, 2), range(0, 15, 2)],
+}
+ALL = "labels+soft+hidden"
+RUNS = [("first 15", ALL), ("every other 15", ALL), ("first 15", "labels")]
+RUNS += [("first 15, then 8", ALL), ("first 8", ALL), ("every other 15, then 8", ALL)]
+RUNS += [("every fourth 8", ALL), ("first 15", "labels+soft")]
+
+
+def loss_of(name, teacher, layers):
+    """What `train` takes as its loss; nothing means the cross-entropy with the labels."""
+    if name == "labels":
+        return {}
+    pairs = [(layers, len(blocks(teacher)))] if name == ALL else ()
+    return {"loss_sum": distil_from(teacher, 0.5, 2.0, pairs=pairs)}
+
+
+def make_teacher(encoded, folder):
+    """SmolLM2 fine-tuned with LoRA, merged into a plain model. The adapter is kept in `folder`."""
+    model, tokenizer = load_base()
+    if folder and folder.exists():
+        load_adapter(model, folder)
+    else:
+        torch.manual_seed(0)
+        add_lora(model)
+        collate = Collator(tokenizer.pad_token_id)
+        batches = Batches(encoded, collate, 8, seed=0, group_by_length=True)
+        train(model, batches, max_steps=60, lr=2e-3, warmup_steps=6)
+        if folder:
+            save_adapter(model, folder)
+    merge_lora(model)
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear)]:
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, layer.base)  # its weight holds the change
+    return model.requires_grad_(False).eval()
+
+
+def ratios(student, teacher, tokenizer, prompts, rounds):
+    """Tokens a second of the student over those of the teacher: reading, writing (medians)."""
+
+    def read(model):
+        classify(model, tokenizer, prompts)
+
+    def write(model):
+        complete(model, tokenizer, prompts[:1], max_new_tokens=32, min_new_tokens=32)
+
+    medians = []
+    for work in (read, write):
+        found = []
+        for _ in range(rounds + 1):
+            seconds = []
+            for model in (teacher, student):
+                start = time.perf_counter()
+                work(model)
+                seconds.append(time.perf_counter() - start)
+            found.append(seconds[0] / seconds[1])
+        medians.append(statistics.median(found[1:]))  # the first round was the warm-up
+    return medians
+
+
+def run(route, loss, lr, seed, steps, teacher, tokenizer, encoded, test, rounds):
+    """One route: a list of dicts, one row after each cut, and one after each training."""
+    labels, by_teacher = torch.tensor(test["label"]), classify(teacher, tokenizer, test["prompt"])
+    rows, model, trained = [], teacher, 0
+    what = {"route": route, "loss": loss, "lr": lr, "seed": seed, "steps": steps}
+    what |= {"total": len(test), "teacher_right": int((by_teacher == labels).sum())}
+    collate = Collator(tokenizer.pad_token_id)
+    batches = Batches(encoded, collate, 8, seed=seed + 1, group_by_length=True)  # not the teacher's
+
+    def judge():
+        answers = classify(model, tokenizer, test["prompt"])
+        right = answers == labels
+        rows.append(
+            what
+            | {
+                "step": trained,
+                "layers": len(blocks(model)),
+                "parameters": count_parameters(model)[1],
+                "bytes": sum(p.nbytes for p in model.parameters()),
+                "right": int(right.sum()),
+                "as_teacher": int((answers == by_teacher).sum()),
+                "answers": "".join("01"[int(r)] for r in right),
+            }
+        )
+        print(
+            *(f"{name} {rows[-1][name]}" for name in ("route", "loss", "step", "layers")), end=" "
+        )
+        print(
+            f"right {rows[-1]['right']} of {len(test)}, teacher {what['teacher_right']}", flush=True
+        )
+
+    for keep in ROUTES[route]:
+        model = student_from_layers(model, keep)
+        model.get_input_embeddings().requires_grad_(False)
+        judge()
+        start, part = time.monotonic(), steps // len(ROUTES[route])
+        losses = train(
+            model,
+            batches,
+            max_steps=part,
+            lr=lr,
+            warmup_steps=part // 10,
+            seed=seed,
+            **loss_of(loss, teacher, len(keep)),
+        ).train_loss
+        trained += part
+        seconds = time.monotonic() - start
+        judge()
+        rows[-1]["train_loss"] = f"{statistics.mean(losses[-20:]):.4f}"
+        rows[-1]["seconds"] = f"{seconds:.0f}"
+        read, write = ratios(model, teacher, tokenizer, test["prompt"][:32], rounds)
+        rows[-1] |= {"read": f"{read:.3f}", "write": f"{write:.3f}"}
+    return rows
+
+
+def done_so_far(path):
+    if not path.exists():
+        return set()
+    with open(path, newline="") as file:
+        return {
+            (row["route"], row["loss"], float(row["lr"]), int(row["seed"]), int(row["steps"]))
+            for row in csv.DictReader(file)
+        }
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Shrink SmolLM2 by several routes.")
+    parser.add_argument("--runs", type=int, default=99, help="stop after so many runs")
+    parser.add_argument("--routes", nargs="*", help="such as 'first 15'")
+    parser.add_argument("--losses", nargs="*", help="such as labels+soft")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--steps", type=int, default=600, help="of a whole route")
+    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--tests", type=int, default=600, help="test reviews")
+    parser.add_argument("--rounds", type=int, default=7, help="of the two ratios")
+    parser.add_argument("--teacher", type=Path, help="folder of its adapter, made if missing")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    common, done = this_machine(), done_so_far(options.out)
+    wanted = [
+        (route, loss, options.lr, seed, options.steps)
+        for seed in options.seeds
+        for route, loss in RUNS
+        if (not options.routes or route in options.routes)
+        and (not options.losses or loss in options.losses)
+    ]
+    wanted = [one for one in wanted if one not in done][: options.runs]
+    if not wanted:
+        return
+    reviews, (_, tokenizer) = load_reviews(), load_base("smollm2")
+    test = reviews["test"].select(range(min(options.tests, len(reviews["test"]))))
+    encoded = [encode(tokenizer, row["prompt"], row["answer"]) for row in reviews["train"]]
+    teacher = make_teacher(encoded, options.teacher)
+    for one in wanted:
+        rows = run(*one, teacher, tokenizer, encoded, test, options.rounds)
+        options.out.parent.mkdir(exist_ok=True)
+        new = not options.out.exists()
+        with open(options.out, "a", newline="") as file:  # a run at a time, and only whole ones
+            writer = csv.DictWriter(file, COLUMNS, restval="")
+            if new:
+                writer.writeheader()
+            writer.writerows(common | row for row in rows)
+        print(f"reads {rows[-1]['read']}, writes {rows[-1]['write']} times as fast as its teacher")
+
+
+if __name__ == "__main__":
+    main()
