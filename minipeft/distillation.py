@@ -84,24 +84,22 @@ def _mix(alpha, hard, soft):
     return sum(weight * part for weight, part in ((alpha, hard), (1 - alpha, soft)) if weight)
 
 
-def hidden_loss(student_states, teacher_states, pairs, mask, projection=None):
-    """How far hidden states are apart, relative to the teacher's: 0 is equal. Returns (batch,).
+def hidden_loss(student_states, teacher_states, pairs, projection=None):
+    """How far hidden states are apart, relative to the teacher's: 0 is equal. Returns (...,).
 
-    |student - teacher|^2 / |teacher|^2 at each token, averaged over the tokens of a row that `mask`
-    (batch, seq) keeps, and over `pairs` of (student index, teacher index). States are the
-    `hidden_states` of transformers, (batch, seq, hidden) each: 0 is the embedding, k what leaves
-    block k, and the last one has been through the final norm, so the head alone is missing.
+    |student - teacher|^2 / |teacher|^2 at each position, averaged over `pairs` of (student index,
+    teacher index). States are `hidden_states` of transformers, or the same positions taken out of
+    each, (..., hidden): 0 is the embedding, k what leaves block k, and the last one has been
+    through the final norm, so that the head alone is missing.
     projection: a trainable module from the student's width to the teacher's, if they differ.
-    Raises ValueError for no pairs, an index that is not there, and widths that differ.
+    Raises ValueError for no pairs, an index that is not there, and shapes that differ.
     """
     for states, side, who in ((student_states, 0, "student"), (teacher_states, 1, "teacher")):
-        missing = [pair[side] for pair in pairs if not 0 <= pair[side] < len(states)]
-        if missing or not pairs:
+        if not pairs or any(not 0 <= pair[side] < len(states) for pair in pairs):
             raise ValueError(
                 f"pairs={list(pairs)} does not name states of the {who}, which has 0 to "
                 f"{len(states) - 1}."
             )
-    weight = mask / mask.sum(-1, keepdim=True)  # (batch, seq)
     total = 0.0
     for ours, theirs in ((student_states[s], teacher_states[t]) for s, t in pairs):
         ours = ours if projection is None else projection(ours)
@@ -112,8 +110,8 @@ def hidden_loss(student_states, teacher_states, pairs, mask, projection=None):
             )
         wide = torch.promote_types(ours.dtype, torch.float32)
         ours, theirs = ours.to(wide), theirs.to(ours.device, wide)
-        size = theirs.square().sum(-1).clamp(min=1e-12)  # (batch, seq)
-        total = total + ((ours - theirs).square().sum(-1) / size * weight).sum(-1)
+        size = theirs.square().sum(-1).clamp(min=1e-12)  # (...,)
+        total = total + (ours - theirs).square().sum(-1) / size
     return total / len(pairs)
 
 
@@ -121,10 +119,9 @@ def distil_from(teacher, alpha=0.5, temperature=2.0, divergence="forward", pairs
                 hidden_weight=1.0, projection=None):  # fmt: skip
     """The `loss_sum` that makes `minipeft.train` a distillation: a function (student, batch).
 
-    The teacher is put in eval mode and gets no gradient. With `pairs`, each row adds its
-    `hidden_loss` times hidden_weight times its number of targets, so that the mean per target is
-    the same however rows are split into batches. A projection is trained if it is a submodule of
-    the student. Raises ValueError as the losses do.
+    The teacher is put in eval mode and gets no gradient. With `pairs`, hidden_weight times the
+    `hidden_loss` at the positions that predict a target is added. A projection is trained if it is
+    a submodule of the student. Raises ValueError as the losses do.
     """
     _check_alpha(alpha)
     teacher.eval()
@@ -136,10 +133,12 @@ def distil_from(teacher, alpha=0.5, temperature=2.0, divergence="forward", pairs
             theirs, wanted, _ = _predict(teacher, batch, options)
         loss = _mix(alpha, *hard_and_soft(logits, wanted, targets, temperature, divergence))
         if pairs:
-            mask, labels = (batch[name].to(logits.device) for name in ("attention_mask", "labels"))
-            states = output.hidden_states, theirs.hidden_states
-            apart = hidden_loss(*states, pairs, mask, projection)  # (batch,)
-            loss = loss + hidden_weight * (apart * (labels[:, 1:] != -100).sum(-1)).sum()
+            places = batch["labels"][:, 1:] != -100  # (batch, seq - 1)
+            states = (
+                [state[:, :-1][places.to(state.device)] for state in one.hidden_states]
+                for one in (output, theirs)
+            )
+            loss = loss + hidden_weight * hidden_loss(*states, pairs, projection).sum()
         return loss
 
     settings = alpha, temperature, divergence, tuple(pairs), hidden_weight

@@ -207,42 +207,34 @@ def test_bad_losses_are_refused():
 # ---- hidden states
 
 
-def test_hidden_loss_is_relative_and_leaves_out_padding():
+def test_hidden_loss_is_relative_at_each_position():
     torch.manual_seed(0)
     states = [torch.randn(2, 5, 8) for _ in range(4)]
-    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
-    assert hidden_loss(states, states, [(1, 1), (3, 3)], mask).eq(0).all()
+    assert hidden_loss(states, states, [(1, 1), (3, 3)]).eq(0).all()
     zeros = [torch.zeros_like(s) for s in states]
-    torch.testing.assert_close(hidden_loss(zeros, states, [(1, 3)], mask), torch.ones(2))
-    tenfold = [10 * s for s in states]
+    torch.testing.assert_close(hidden_loss(zeros, states, [(1, 3)]), torch.ones(2, 5))
     ours = [s + 0.1 * torch.randn_like(s) for s in states]
-    torch.testing.assert_close(
-        hidden_loss([10 * s for s in ours], tenfold, [(1, 3)], mask),
-        hidden_loss(ours, states, [(1, 3)], mask),
-    )
-    spoilt = [s.clone() for s in ours]
-    for s in spoilt:
-        s[1, :2] = 1e6
-    assert torch.equal(*(hidden_loss(x, states, [(1, 3)], mask) for x in (spoilt, ours)))
+    found = hidden_loss(ours, states, [(1, 3), (0, 2)])
+    tenfold = [10 * s for s in ours], [10 * s for s in states]
+    torch.testing.assert_close(hidden_loss(*tenfold, [(1, 3), (0, 2)]), found)
     by_hand = [
-        ((ours[1][i, t] - states[3][i, t]) ** 2).sum() / (states[3][i, t] ** 2).sum()
-        for i, t in [(1, 2), (1, 3), (1, 4)]
+        ((ours[s][1, 2] - states[t][1, 2]) ** 2).sum() / (states[t][1, 2] ** 2).sum()
+        for s, t in [(1, 3), (0, 2)]
     ]
-    torch.testing.assert_close(
-        hidden_loss(ours, states, [(1, 3)], mask)[1], torch.stack(by_hand).mean()
-    )
+    torch.testing.assert_close(found[1, 2], sum(by_hand) / 2)
+    half = [s.bfloat16() for s in states]
+    assert hidden_loss(half, half, [(0, 1)]).dtype == torch.float32
 
 
 def test_hidden_loss_refuses_and_projects():
-    states, mask = [torch.ones(1, 3, 8)] * 3, torch.ones(1, 3)
-    narrow = [torch.ones(1, 3, 4, requires_grad=True)] * 3
+    states, narrow = [torch.ones(1, 3, 8)] * 3, [torch.ones(1, 3, 4)] * 3
     for pairs, words in [([], "0 to 2"), ([(0, 3)], "teacher"), ([(-1, 0)], "student")]:
         with pytest.raises(ValueError, match=words):
-            hidden_loss(states, states, pairs, mask)
+            hidden_loss(states, states, pairs)
     with pytest.raises(ValueError, match="give a projection"):
-        hidden_loss(narrow, states, [(1, 1)], mask)
+        hidden_loss(narrow, states, [(1, 1)])
     projection = torch.nn.Linear(4, 8)
-    hidden_loss(narrow, states, [(1, 1)], mask, projection).sum().backward()
+    hidden_loss(narrow, states, [(1, 1)], projection).sum().backward()
     assert projection.weight.grad.ne(0).any()
 
 
@@ -382,11 +374,9 @@ def test_the_closure_is_the_loss_of_the_full_logits_on_either_side(name, pairs):
         loss = distillation_loss(ours.logits, theirs.logits, batch["labels"], **options)[0]
         expected = loss * targets.sum()
         if pairs:
-            states = ours.hidden_states, theirs.hidden_states
-            expected = (
-                expected
-                + 2.0 * (hidden_loss(*states, pairs, batch["attention_mask"]) * targets).sum()
-            )
+            everywhere = hidden_loss(ours.hidden_states, theirs.hidden_states, pairs)
+            predicting = torch.nn.functional.pad(batch["labels"][:, 1:] != -100, (0, 1))
+            expected = expected + 2.0 * everywhere[predicting].sum()
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         both.append(found)
     torch.testing.assert_close(*both, rtol=1e-4, atol=1e-5)
