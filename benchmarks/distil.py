@@ -8,7 +8,8 @@ is a list of cuts; its steps are shared out equally between them. Losses:
 
   labels              cross-entropy alone, as if there were no teacher
   labels+soft         alpha = 0.5, T = 2, forward KL
-  labels+soft+hidden  the same, and the final hidden states of all tokens are to be the teacher's
+  labels+soft+hidden  the same, and the final hidden states that predict a target are to be the
+                      teacher's
 
 After each cut and each training the student is judged on the same 600 test reviews as the teacher.
 `read` and `write` are tokens a second, student over teacher, medians of rounds in which the two
@@ -187,7 +188,7 @@ def main():
     parser.add_argument("--losses", nargs="*", help="such as labels+soft")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=600, help="of a whole route")
-    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--tests", type=int, default=600, help="test reviews")
     parser.add_argument("--rounds", type=int, default=7, help="of the two ratios")
     parser.add_argument("--teacher", type=Path, help="folder of its adapter, made if missing")
