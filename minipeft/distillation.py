@@ -23,7 +23,8 @@ def hard_and_soft(student, teacher, targets, temperature=2.0, divergence="forwar
     student, teacher: logits (targets, vocab) that predict `targets` (targets,).
     divergence: "forward" is KL(teacher || student): the student must cover all that the teacher
     finds likely. "reverse" is KL(student || teacher): it must keep to what the teacher finds likely
-    (Gu et al. 2023, section 2). Tokens whose logit is -inf in both count nothing.
+    (Gu et al. 2023, section 2). Tokens whose logit is -inf in both count nothing. No gradient goes
+    into the teacher's logits.
     Raises ValueError for logits of different shapes, a temperature not above 0, or another name.
     """
     if student.shape != teacher.shape:
@@ -36,7 +37,7 @@ def hard_and_soft(student, teacher, targets, temperature=2.0, divergence="forwar
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence={divergence!r} is none of {', '.join(DIVERGENCES)}.")
     wide = torch.promote_types(student.dtype, torch.float32)
-    student, teacher = student.to(wide), teacher.to(student.device, wide)
+    student, teacher = student.to(wide), teacher.detach().to(student.device, wide)
     hard = cross_entropy(student, targets, reduction="sum")
     log_p = (teacher / temperature).log_softmax(-1)  # (targets, vocab)
     log_q = (student / temperature).log_softmax(-1)
