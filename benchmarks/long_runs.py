@@ -53,7 +53,7 @@ RUNS = [
     ("p_tuning", "n=10 lstm", 5e-4, 150, add_p_tuning),
     ("p_tuning_v2", "key_value n=10", 1e-2, 60, add_p_tuning_v2),
     ("p_tuning_v2", "hidden n=10", 1e-2, 60, lambda m: add_p_tuning_v2(m, 10, "hidden")),
-    ("prefix_tuning", "n=10 projection", 3e-3, 60, lambda m: add_prefix_tuning(m, 10, True)),
+    ("prefix_tuning", "n=10 projection", 1e-3, 60, lambda m: add_prefix_tuning(m, 10, True)),
     ("prefix_tuning", "n=10", 3e-2, 60, add_prefix_tuning),
     ("prefix_tuning", "n=1 text", 1e-2, 60, lambda m: add_prefix_tuning(m, 1, text=TEXT)),
     ("prefix_tuning", "n=128 text", 1e-2, 60, lambda m: add_prefix_tuning(m, 128, text=TEXT)),
