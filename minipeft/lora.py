@@ -140,13 +140,7 @@ def _some_layers(model):
 
 
 def add_lora(
-    model,
-    r=8,
-    alpha=16,
-    dropout=0.0,
-    targets=("q_proj", "v_proj"),
-    scaling="alpha/r",
-    dora=False,
+    model, r=8, alpha=16, dropout=0.0, targets=("q_proj", "v_proj"), scaling="alpha/r", dora=False
 ):
     """Freeze `model` and put LoRA on every layer that `targets` names. Returns the model.
 

@@ -253,12 +253,13 @@ def test_the_default_targets_are_refused_where_the_names_differ():
         add_lora(load_base("tiny-gpt2", device="cpu")[0])
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_base_float32_trainables(dtype):
-    model, _ = tuned("tiny-llama", dtype)
-    other, _ = as_peft(model, "tiny-llama", dtype)
+def test_half_precision_base_float32_trainables(dtype, dora):
+    model, _ = tuned("tiny-llama", dtype, dora=dora)
+    other, _ = as_peft(model, "tiny-llama", dtype, dora=dora)
     for layer in layers(model).values():
-        assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
+        assert all(p.dtype == torch.float32 for p in layer.parameters(recurse=False))
         assert layer.base.weight.dtype == dtype
     batch = batch_of(3, 2, 6)
     out = model(**batch)
@@ -479,10 +480,11 @@ def test_an_embedding_that_scales_its_rows():
         theirs = other.base_model.model.model.embed_tokens
         layer.lora_A.data = theirs.lora_embedding_A["default"].data
         layer.lora_B.data = theirs.lora_embedding_B["default"].data
+        if dora:
+            layer.lora_magnitude.data = 2 * theirs.lora_magnitude_vector["default"].weight.data
+            theirs.lora_magnitude_vector["default"].weight.data *= 2
         expected = other(ids).logits
-        if not dora:  # with DoRA, peft leaves the scale out of the low-rank part
-            assert close(model(ids).logits, expected)
-        expected = model(ids).logits
+        assert close(model(ids).logits, expected)
         assert close(merge(model)(ids).logits, expected)
 
 
