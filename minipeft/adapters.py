@@ -6,8 +6,8 @@
 Houlsby et al. 2019 (section 2.1, figure 2) put one after attention and one after the feed-forward
 part of each block, before the residual sum. Pfeiffer et al. 2021 (AdapterFusion) keep the second of
 them only. Houlsby et al. start both matrices near zero. Here `down` starts as theirs and `up` at
-zero, so that the model is unchanged to the bit before the first step. Both at zero would be dead:
-each gradient is a product with the other matrix.
+zero, so that the model is unchanged to the bit before the first step. With both at zero neither
+would ever move, since the gradient of each is a product with the other: only a bias would learn.
 """
 
 import math
