@@ -287,3 +287,15 @@ def test_the_allocators_peak_on_cuda():
     model, _ = load_base("tiny-llama", device="cuda")
     measured = measure(model, batch=4, seq=128)
     assert measured.total >= sum(measured.parts[name] for name in ("parameters", "optimizer"))
+
+
+def test_lora_on_an_embedding_is_refused_in_one_sentence():
+    """There is no formula for it; measuring needs none."""
+    config = load_base("tiny-llama", device="cpu")[0].config
+
+    def embedded(model):
+        return add_lora(model, r=4, targets=("embed_tokens", "q_proj"))
+
+    with pytest.raises(ValueError, match="no formula for LoRA on embeddings"):
+        estimate(config, embedded, batch=2, seq=8)
+    assert measure(config, embedded, batch=2, seq=8).total > 0
