@@ -23,8 +23,7 @@ def hard_and_soft(student, teacher, targets, temperature=2.0, divergence="forwar
     student, teacher: logits (targets, vocab) that predict `targets` (targets,).
     divergence: "forward" is KL(teacher || student): the student must cover all that the teacher
     finds likely. "reverse" is KL(student || teacher): it must keep to what the teacher finds likely
-    (Gu et al. 2023, section 2). Tokens whose logit is -inf in both count nothing. No gradient goes
-    into the teacher's logits.
+    (Gu et al. 2023, section 2). Tokens whose logit is -inf in both count nothing.
     Raises ValueError for logits of different shapes, a temperature not above 0, or another name.
     """
     if student.shape != teacher.shape:
@@ -37,7 +36,7 @@ def hard_and_soft(student, teacher, targets, temperature=2.0, divergence="forwar
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence={divergence!r} is none of {', '.join(DIVERGENCES)}.")
     wide = torch.promote_types(student.dtype, torch.float32)
-    student, teacher = student.to(wide), teacher.detach().to(student.device, wide)
+    student, teacher = student.to(wide), teacher.to(student.device, wide)
     hard = cross_entropy(student, targets, reduction="sum")
     log_p = (teacher / temperature).log_softmax(-1)  # (targets, vocab)
     log_q = (student / temperature).log_softmax(-1)
@@ -53,8 +52,9 @@ def distillation_loss(
     """(loss, hard, soft) per target token: loss = alpha * hard + (1 - alpha) * soft.
 
     Logits are (batch, seq, vocab); labels (batch, seq) are not shifted, and -100 is no target.
-    `soft` holds its factor T^2. Raises ValueError as `hard_and_soft` does, for an alpha outside
-    [0, 1], labels of another shape, and for a batch without a target.
+    `soft` holds its factor T^2. No gradient goes into the teacher's logits.
+    Raises ValueError as `hard_and_soft` does, for an alpha outside [0, 1], labels of another shape,
+    and for a batch without a target.
     """
     _check_alpha(alpha)
     if student_logits.shape[:-1] != labels.shape:
@@ -65,6 +65,7 @@ def distillation_loss(
     counted = labels[:, 1:] != -100  # (batch, seq - 1): the logits at t predict the label at t + 1
     if not counted.any():
         raise ValueError("There is no target: every label after the first is -100.")
+    teacher_logits = teacher_logits.detach()
     if teacher_logits.shape == student_logits.shape:
         teacher_logits = teacher_logits[:, :-1][counted]
         student_logits = student_logits[:, :-1][counted]
