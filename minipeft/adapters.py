@@ -78,7 +78,7 @@ def add_adapters(model, bottleneck=64, placement="houlsby", activation="gelu"):
     activation  "gelu", "relu" or "silu".
     Dropout that the model has there, as GPT-2 and Bloom do, comes after the adapter.
     On a model that has adapters already, the new ones stand on the old ones, which are frozen with
-    the base (MAD-X, Pfeiffer et al. 2020, section 3.2).
+    the base (MAD-X, Pfeiffer et al. 2020, section 3).
     The trainables are float32, also on a half-precision base (float64 on a float64 one).
     Raises ValueError for a number below 1, an unknown word, a model with another technique, and one
     in whose blocks the output projections are not found.
