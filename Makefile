@@ -66,11 +66,13 @@ exercises: $(VENV)/test.stamp
 bench: $(VENV)/test.stamp assets
 	$(BIN)/python benchmarks/step.py
 
-# What takes too long for a notebook: three seeds of every method. Two or three hours on a CPU;
+# What takes too long for a notebook: three seeds of every method. A day on two CPU cores;
 # runs that are in benchmarks/results already are not repeated.
 long-runs: $(VENV)/test.stamp assets
 	$(BIN)/python benchmarks/long_runs.py
 	$(BIN)/python benchmarks/encoder_or_table.py
+	$(BIN)/python benchmarks/lora_family.py
+	$(BIN)/python benchmarks/distil.py
 
 format: $(VENV)/test.stamp
 	$(BIN)/ruff format .

@@ -20,6 +20,7 @@ from encoder_or_table import in_template
 from minipeft import (
     Batches,
     Collator,
+    add_adapters,
     add_lora,
     add_p_tuning,
     add_p_tuning_v2,
@@ -58,6 +59,7 @@ RUNS = [
     ("prefix_tuning", "n=1 text", 1e-2, 60, lambda m: add_prefix_tuning(m, 1, text=TEXT)),
     ("prefix_tuning", "n=128 text", 1e-2, 60, lambda m: add_prefix_tuning(m, 128, text=TEXT)),
     ("lora", "r=8", 2e-3, 60, add_lora),
+    ("adapters", "houlsby m=16", 1e-3, 60, lambda m: add_adapters(m, 16)),
     ("freezing", "head alone", 3e-3, 60, lambda m: only_head(m, untie=True)),
     ("freezing", "last 1 block", 1e-4, 60, lambda m: only_last_blocks(m, 1)),
     ("freezing", "last 4 blocks", 1e-4, 60, lambda m: only_last_blocks(m, 4)),
