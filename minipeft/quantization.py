@@ -27,8 +27,11 @@ def nf4_code():
     """
     last = 1 - (1 / 32 + 1 / 30) / 2
     quantile = lambda p: math.sqrt(2) * torch.erfinv(2 * p - 1)  # noqa: E731
-    above = quantile(torch.linspace(0.5, last, 9, dtype=torch.float64))  # begins with the zero
-    below = quantile(torch.linspace(0.5, last, 8, dtype=torch.float64))[1:]
+    # On the CPU by name, also under torch.device("meta"), which transformers' patches of linspace
+    # can make half of the calls forget.
+    wide = {"dtype": torch.float64, "device": "cpu"}
+    above = quantile(torch.linspace(0.5, last, 9, **wide))  # begins with the zero
+    below = quantile(torch.linspace(0.5, last, 8, **wide))[1:]
     code = torch.cat([-below.flip(0), above])
     return (code / code.max()).float()  # (16,)
 
@@ -39,10 +42,11 @@ def dynamic_code(signed):
     A byte spends a run of zero bits on the power of ten, and what is left on the digits: seven
     decades, with 1, 2, 4 ... 64 steps each from the smallest up (twice as many without a sign).
     """
-    values = [torch.tensor([0.0, 1.0], dtype=torch.float64)]
+    wide = {"dtype": torch.float64, "device": "cpu"}  # as above
+    values = [torch.tensor([0.0, 1.0], **wide)]
     for exponent in range(7):
         steps = 2**exponent * (1 if signed else 2)
-        edges = torch.linspace(0.1, 1, steps + 1, dtype=torch.float64)
+        edges = torch.linspace(0.1, 1, steps + 1, **wide)
         decade = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - 6)
         values += [decade, -decade] if signed else [decade]
     return torch.cat(values).sort().values.float()  # (256,)

@@ -256,3 +256,18 @@ def test_bad_input_is_refused_in_one_sentence():
         quantize_base(quantize_base(model()))
     with pytest.raises(ValueError, match="out of range"):
         AdamW8bit([nn.Parameter(torch.zeros(1))], betas=(0.9, math.inf))
+
+
+def test_the_codes_hold_numbers_also_where_new_tensors_are_meta(monkeypatch):
+    """transformers patches torch.linspace while it makes a model, and torch remembers the first
+    functions that it saw; then linspace and tensor disagree about the device."""
+    expected = nf4_code(), dynamic_code(signed=True)
+    original = torch.linspace
+    for patched in (
+        original,
+        lambda *args, **kwargs: original(*args, **{"device": "cpu"} | kwargs),
+    ):
+        monkeypatch.setattr(torch, "linspace", patched)
+        with torch.device("meta"):
+            codes = nf4_code(), dynamic_code(signed=True)
+        assert all(torch.equal(a, b) for a, b in zip(codes, expected, strict=True))
