@@ -50,7 +50,7 @@ from minipeft import (
 )
 from minipeft.freezing import blocks
 from minipeft.lora import LoRALinear
-from this_machine import this_machine
+from this_machine import append_rows, this_machine
 
 RESULTS = Path(__file__).resolve().parent / "results" / "distil.csv"
 COLUMNS = """date device threads torch transformers route loss lr seed steps step layers parameters
@@ -217,13 +217,7 @@ def main():
     teacher = make_teacher(encoded, options.teacher)
     for one in wanted:
         rows = run(*one, teacher, tokenizer, encoded, test, options.rounds)
-        options.out.parent.mkdir(exist_ok=True)
-        new = not options.out.exists()
-        with open(options.out, "a", newline="") as file:  # a run at a time, and only whole ones
-            writer = csv.DictWriter(file, COLUMNS, restval="")
-            if new:
-                writer.writeheader()
-            writer.writerows(common | row for row in rows)
+        append_rows(options.out, COLUMNS, [common | row for row in rows])
         print(f"reads {rows[-1]['read']}, writes {rows[-1]['write']} times as fast as its teacher")
 
 

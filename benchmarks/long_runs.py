@@ -34,7 +34,7 @@ from minipeft import (
     train,
 )
 from minipeft.freezing import only_head, only_last_blocks
-from this_machine import this_machine
+from this_machine import append_rows, this_machine
 
 RESULTS = Path(__file__).resolve().parent / "results" / "long-runs.csv"
 COLUMNS = """date device threads torch transformers method setting lr seed step examples
@@ -145,13 +145,7 @@ def main():
         if (method, setting, lr, seed, steps) in done:
             continue
         rows = run(method, setting, lr, add, seed, steps, options.tests)
-        options.out.parent.mkdir(exist_ok=True)
-        new = not options.out.exists()
-        with open(options.out, "a", newline="") as file:  # a run at a time, and only whole ones
-            writer = csv.DictWriter(file, COLUMNS, restval="")
-            if new:
-                writer.writeheader()
-            writer.writerows(common | row for row in rows)
+        append_rows(options.out, COLUMNS, [common | row for row in rows])
         last = rows[-1]
         print(method, setting, f"seed {seed}, step {steps}: {last['right']} of {last['total']}")
 

@@ -46,7 +46,7 @@ from minipeft import (
     merge_lora,
     train,
 )
-from this_machine import this_machine
+from this_machine import append_rows, this_machine
 
 RESULT = Path(__file__).parent / "results" / "lora-family.csv"
 PROBE = "model.layers.15.self_attn.q_proj"
@@ -183,7 +183,6 @@ def main():
     options = parser.parse_args()
     logging.set_verbosity_error()
     where = this_machine()
-    RESULT.parent.mkdir(exist_ok=True)
     for _ in range(options.runs):
         one = todo(rows_so_far(), options.steps)
         if one is None:
@@ -192,12 +191,7 @@ def main():
         print(f"{kind} {setting}, lr {lr:g}, seed {seed}")
         made = where | {"kind": kind, "setting": setting, "lr": lr, "seed": seed}
         made |= {"steps": options.steps} | run(*one, options.steps)
-        new = not RESULT.exists()
-        with open(RESULT, "a", newline="") as file:  # only whole runs are written
-            writer = csv.DictWriter(file, list(made))
-            if new:
-                writer.writeheader()
-            writer.writerow(made)
+        append_rows(RESULT, list(made), [made])
         print(f"   validation loss {made['valid_loss']}, {made['right']} of {made['total']} right")
 
 

@@ -1,5 +1,6 @@
 """Where and with what a benchmark ran: the first columns of every file in benchmarks/results."""
 
+import csv
 import datetime
 
 import torch
@@ -18,3 +19,14 @@ def this_machine():
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def append_rows(path, columns, rows):
+    """Append rows, dicts whose missing columns stay empty, to a CSV; a new file gets its header."""
+    path.parent.mkdir(exist_ok=True)
+    new = not path.exists()
+    with open(path, "a", newline="") as file:  # a run at a time, and only whole ones
+        writer = csv.DictWriter(file, columns, restval="")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)

@@ -17,7 +17,13 @@ from torch import nn
 from torch.nn.functional import gelu, relu, silu
 from transformers.pytorch_utils import Conv1D
 
-from minipeft.freezing import at_least_float32, blocks, freeze
+from minipeft.freezing import (
+    at_least_float32,
+    blocks,
+    freeze,
+    refuse_other_shapes,
+    refuse_size,
+)
 
 PEFT_TYPE = "MINIPEFT_ADAPTERS"  # HF peft has none of this kind, and refuses the name
 ACTIVATIONS = {"gelu": gelu, "relu": relu, "silu": silu}
@@ -102,8 +108,7 @@ def _check(model, bottleneck, placement, activation):
         raise ValueError(
             f"This model has {other} already, which adapters would freeze; load the base anew."
         )
-    if isinstance(bottleneck, bool) or not isinstance(bottleneck, int) or bottleneck < 1:
-        raise ValueError(f"bottleneck={bottleneck} is no width; give a whole number from 1 on.")
+    refuse_size("bottleneck", bottleneck, "width")
     if placement not in list(PLACEMENTS):
         raise ValueError(f"placement={placement!r} is none of {', '.join(map(repr, PLACEMENTS))}.")
     if activation not in list(ACTIVATIONS):
@@ -183,13 +188,7 @@ def from_peft(model, config, state):
         for name, *_ in _places(model, settings[1])
         for key, shape in _shapes(model.config.hidden_size, settings[0]).items()
     }
-    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    if shapes != expected:
-        key = sorted(set(shapes.items()) ^ set(expected.items()))[0][0]
-        raise ValueError(
-            f"The adapter does not fit this base model: {key} is {shapes.get(key, 'missing')} in "
-            f"the adapter, and {expected.get(key, 'nowhere')} in the model."
-        )
+    refuse_other_shapes(state, expected)
     add_adapters(model, *settings)
     with torch.no_grad():
         for key, tensor in state.items():

@@ -168,6 +168,26 @@ def at_least_float32(dtype):
     return torch.promote_types(dtype, torch.float32)
 
 
+def refuse_size(name, value, what):
+    """Raise ValueError unless `value` is a whole number from 1 on."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value} is no {what}; give a whole number from 1 on.")
+
+
+def refuse_other_shapes(state, expected):
+    """Raise ValueError unless the tensors of an adapter have the shapes that the model expects.
+
+    state: {key: tensor}. expected: {key: shape}.
+    """
+    found = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    if found != expected:
+        key = sorted(set(found.items()) ^ set(expected.items()))[0][0]
+        raise ValueError(
+            f"The adapter does not fit this base model: {key} is {found.get(key, 'missing')} in "
+            f"the adapter, and {expected.get(key, 'nowhere')} in the model."
+        )
+
+
 def modules_named(model, endings, kinds):
     """[(dotted name, module)] of the modules of `kinds` whose name ends in one of `endings`.
 

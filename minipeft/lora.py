@@ -17,7 +17,13 @@ from torch import nn
 from torch.nn.functional import dropout, embedding, linear
 from transformers.pytorch_utils import Conv1D
 
-from minipeft.freezing import at_least_float32, freeze, modules_named
+from minipeft.freezing import (
+    at_least_float32,
+    freeze,
+    modules_named,
+    refuse_other_shapes,
+    refuse_size,
+)
 
 PEFT_TYPE = "LORA"
 SCALINGS = ("alpha/r", "rslora")
@@ -185,8 +191,7 @@ def _check(model, r, alpha, dropout, scaling):
             f"This model has {model.minipeft_technique} already, which LoRA would freeze; load the "
             "base model anew."
         )
-    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-        raise ValueError(f"r={r} is no rank; give a whole number from 1 on.")
+    refuse_size("r", r, "rank")
     if not alpha > 0:
         raise ValueError(f"alpha={alpha} must be above 0: it multiplies what LoRA learns.")
     if not 0 <= dropout < 1:
@@ -326,13 +331,7 @@ def from_peft(model, config, state):
             theirs, ours = state.pop(key), layer.weight
             if theirs.shape != ours.shape or not torch.allclose(theirs.to(ours), ours, rtol=0.01):
                 raise ValueError(f"The adapter was made for another base model: {key} differs.")
-    found = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    if found != expected:
-        key = sorted(set(found.items()) ^ set(expected.items()))[0][0]
-        raise ValueError(
-            f"The adapter does not fit this base model: {key} is {found.get(key, 'missing')} in "
-            f"the adapter, and {expected.get(key, 'nowhere')} in the model."
-        )
+    refuse_other_shapes(state, expected)
     add_lora(model, r, alpha, config.get("lora_dropout", 0.0), targets, scaling, dora)
     with torch.no_grad():
         for name, layer in _layers(model).items():

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from minipeft.freezing import refuse_size
 from minipeft.virtual_tokens import (
     attach,
     count_positions,
@@ -19,7 +20,6 @@ from minipeft.virtual_tokens import (
     peft_config,
     place_of,
     refuse,
-    refuse_size,
     table_of_state,
 )
 

@@ -8,6 +8,7 @@ see nothing themselves. With projection the prefix comes out of an MLP while tra
 
 from torch import nn
 
+from minipeft.freezing import refuse_size
 from minipeft.virtual_tokens import (
     attach,
     key_value_shape,
@@ -15,7 +16,6 @@ from minipeft.virtual_tokens import (
     per_layer,
     place_of,
     refuse,
-    refuse_size,
     table_of_cache,
     table_of_state,
     token_ids,

@@ -7,8 +7,9 @@ They stand in one of two places, which `model.virtual_tokens` names in its `plac
   "cache"  keys and values in front of those of the text; in each layer the text sees n more
            positions and stays as long as it was (prefix-tuning, P-tuning v2)
 
-Both want n more columns in the mask, and text whose positions begin at n. In front they also want
-n labels of -100. What the model gives for the virtual positions is cut off its output.
+Both want n more columns in the mask, and text whose positions begin at n. In front the
+labels are lengthened too: none of the virtual tokens is a target. What the model gives for the
+virtual positions is cut off its output.
 
 It is done by hooks around the model's forward, so the model remains the Hugging Face model that it
 was: `generate`, `Trainer` and `deepcopy` work as before. This is no technique; each has its module.
@@ -21,7 +22,7 @@ import torch
 from transformers import DynamicCache
 
 from minipeft.batching import position_ids_from_mask
-from minipeft.freezing import at_least_float32, blocks, freeze
+from minipeft.freezing import at_least_float32, blocks, freeze, refuse_size
 
 CACHE_NAMES = {"past_key_values", "layer_past", "cache"}  # of the same thing in transformers
 
@@ -62,12 +63,6 @@ def refuse(model, num_virtual_tokens, head="lm_head"):
             f"{name} has layers of {', '.join(sorted(kinds - {'full_attention'}))}, from which "
             "virtual tokens would drop out of sight; take a model with full attention throughout."
         )
-
-
-def refuse_size(name, value, what):
-    """Raise ValueError unless `value` is a whole number from 1 on."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value} is no {what}; give a whole number from 1 on.")
 
 
 def place_of(model):
@@ -116,12 +111,11 @@ def _lengthen(model, args, kwargs):
         kwargs["input_ids"] = None
         keep = seq
         if kwargs.get("labels") is not None:
-            nothing = kwargs["labels"].new_full((batch, n), -100)
             # The last virtual token predicts the first label, the others predict none. Their
             # logits would be the largest tensor of the step for nothing, so they are not made.
             keep = seq + 1
-            labels = torch.cat([nothing, kwargs["labels"]], 1)  # (batch, n + seq)
-            kwargs["labels"] = labels[:, -keep:]
+            nothing = kwargs["labels"].new_full((batch, 1), -100)
+            kwargs["labels"] = torch.cat([nothing, kwargs["labels"]], 1)  # (batch, seq + 1)
         if not isinstance(kwargs.get("logits_to_keep"), torch.Tensor):
             kwargs["logits_to_keep"] = min(kwargs.get("logits_to_keep") or keep, keep)
     elif starts:
