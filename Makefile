@@ -73,6 +73,8 @@ long-runs: $(VENV)/test.stamp assets
 	$(BIN)/python benchmarks/encoder_or_table.py
 	$(BIN)/python benchmarks/lora_family.py
 	$(BIN)/python benchmarks/distil.py
+	$(BIN)/python benchmarks/choosing.py
+	$(BIN)/python benchmarks/chinese.py
 
 format: $(VENV)/test.stamp
 	$(BIN)/ruff format .

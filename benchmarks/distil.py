@@ -3,10 +3,10 @@
     python benchmarks/distil.py [--runs 99] [--seeds 0] [--teacher FOLDER]
 
 The teacher is SmolLM2 with LoRA (r=8, 60 steps of 8 film reviews, as in notebook 11), merged. Each
-student is cut out of it. A fifth of its steps train the last MLP and the final norm alone, at a
-rate of 2e-3: the head cannot read the states where the cut was made, and the large first gradients
-would spoil the blocks. The others train all blocks at `lr`. The embedding, which is the head too,
-rests. A route is a list of cuts; its steps are shared out equally between them. Losses:
+student is cut out of it and trained with 16 reviews a step, under bfloat16 autocast. The last
+`trained_blocks` blocks and the final norm are trained; the others rest, and so does the embedding,
+which is the head too. A route is a list of cuts; its steps are shared out equally between them.
+Losses:
 
   labels              cross-entropy alone, as if there were no teacher
   labels+soft         alpha = 0.5, T = 2, forward KL
@@ -53,8 +53,9 @@ from minipeft.lora import LoRALinear
 from this_machine import append_rows, this_machine
 
 RESULTS = Path(__file__).resolve().parent / "results" / "distil.csv"
-COLUMNS = """date device threads torch transformers route loss lr seed steps step layers parameters
-bytes train_loss right total as_teacher teacher_right read write seconds answers""".split()
+COLUMNS = """date device threads torch transformers route trained_blocks loss lr seed steps step
+layers parameters bytes train_loss right total as_teacher teacher_right read write seconds
+answers""".split()
 ROUTES = {
     "first 15": [range(15)],
     "every other 15": [range(0, 30, 2)],
@@ -64,10 +65,12 @@ ROUTES = {
     "every other 15, then 8": [range(0, 30, 2), range(0, 15, 2)],
 }
 ALL = "labels+soft+hidden"
-READOUT_LR = 2e-3
-RUNS = [("first 15", ALL), ("every other 15", ALL), ("first 15", "labels")]
-RUNS += [("first 15, then 8", ALL), ("first 8", ALL), ("every other 15, then 8", ALL)]
-RUNS += [("every fourth 8", ALL), ("first 15", "labels+soft")]
+BATCH = 16
+# (route, number of blocks at the end of a student that are trained, loss)
+RUNS = [("first 15", 5, ALL), ("every other 15", 15, ALL), ("first 8", 5, ALL)]
+RUNS += [("first 15, then 8", 5, ALL), ("every other 15, then 8", 15, ALL)]
+RUNS += [("every fourth 8", 8, ALL), ("first 15", 15, ALL), ("first 15", 5, "labels")]
+RUNS += [("first 15", 5, "labels+soft"), ("every other 15", 5, ALL)]
 
 
 def loss_of(name, teacher, layers):
@@ -121,11 +124,18 @@ def ratios(student, teacher, tokenizer, prompts, rounds):
     return medians
 
 
-def run(route, loss, lr, seed, steps, teacher, tokenizer, encoded, test, rounds):
+def run(route, last, loss, lr, seed, steps, teacher, tokenizer, encoded, test, rounds):
     """One route: a list of dicts, one row after each cut, and one after each training."""
     labels, by_teacher = torch.tensor(test["label"]), classify(teacher, tokenizer, test["prompt"])
     rows, model, trained = [], teacher, 0
-    what = {"route": route, "loss": loss, "lr": lr, "seed": seed, "steps": steps}
+    what = {
+        "route": route,
+        "trained_blocks": last,
+        "loss": loss,
+        "lr": lr,
+        "seed": seed,
+        "steps": steps,
+    }
     what |= {"total": len(test), "teacher_right": int((by_teacher == labels).sum())}
     collate = Collator(tokenizer.pad_token_id)
 
@@ -151,22 +161,22 @@ def run(route, loss, lr, seed, steps, teacher, tokenizer, encoded, test, rounds)
         model = student_from_layers(model, keep)
         judge()
         start, part = time.monotonic(), steps // len(ROUTES[route])
-        for stage_steps, rate, modules in (
-            (part // 5, READOUT_LR, (f"model.layers.{len(keep) - 1}.mlp", "model.norm")),
-            (part - part // 5, lr, ("model.layers", "model.norm")),
-        ):
-            unfreeze(freeze(model), *modules)
-            order = 1000 * seed + trained + 1  # not the teacher's, and new for each stage
-            losses = train(
-                model,
-                Batches(encoded, collate, 8, seed=order, group_by_length=True),
-                max_steps=stage_steps,
-                lr=rate,
-                warmup_steps=stage_steps // 10,
-                seed=seed,
-                **loss_of(loss, teacher, len(keep)),
-            ).train_loss
-            trained += stage_steps
+        first = max(0, len(keep) - last)
+        unfreeze(
+            freeze(model), *(f"model.layers.{i}" for i in range(first, len(keep))), "model.norm"
+        )
+        losses = train(
+            model,
+            # not the teacher's order, and a new one for each stage
+            Batches(encoded, collate, BATCH, seed=1000 * seed + trained + 1, group_by_length=True),
+            max_steps=part,
+            lr=lr,
+            warmup_steps=part // 10,
+            precision="bfloat16",
+            seed=seed,
+            **loss_of(loss, teacher, len(keep)),
+        ).train_loss
+        trained += part
         seconds = time.monotonic() - start
         judge()
         rows[-1]["train_loss"] = f"{statistics.mean(losses[-20:]):.4f}"
@@ -181,7 +191,14 @@ def done_so_far(path):
         return set()
     with open(path, newline="") as file:
         return {
-            (row["route"], row["loss"], float(row["lr"]), int(row["seed"]), int(row["steps"]))
+            (
+                row["route"],
+                int(row["trained_blocks"]),
+                row["loss"],
+                float(row["lr"]),
+                int(row["seed"]),
+                int(row["steps"]),
+            )
             for row in csv.DictReader(file)
         }
 
@@ -192,8 +209,8 @@ def main():
     parser.add_argument("--routes", nargs="*", help="such as 'first 15'")
     parser.add_argument("--losses", nargs="*", help="such as labels+soft")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
-    parser.add_argument("--steps", type=int, default=600, help="of a whole route")
-    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--steps", type=int, default=200, help="of a whole route")
+    parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--tests", type=int, default=600, help="test reviews")
     parser.add_argument("--rounds", type=int, default=7, help="of the two ratios")
     parser.add_argument("--teacher", type=Path, help="folder of its adapter, made if missing")
@@ -202,9 +219,9 @@ def main():
     logging.set_verbosity_error()
     common, done = this_machine(), done_so_far(options.out)
     wanted = [
-        (route, loss, options.lr, seed, options.steps)
+        (route, last, loss, options.lr, seed, options.steps)
         for seed in options.seeds
-        for route, loss in RUNS
+        for route, last, loss in RUNS
         if (not options.routes or route in options.routes)
         and (not options.losses or loss in options.losses)
     ]
