@@ -1,0 +1,203 @@
+"""The scripts behind the long runs: they run on a tiny model, and their results hold together."""
+
+import csv
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import minipeft
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.insert(0, str(FOLDER))
+
+FILES = {  # {file: (script, what makes a row unique)}
+    "long-runs.csv": ("long_runs", ("method", "setting", "lr", "seed", "step")),
+    "distil.csv": (
+        "distil",
+        ("route", "trained_blocks", "loss", "lr", "seed", "steps", "step", "layers"),
+    ),
+    "choosing.csv": ("choosing", ("part", "method", "lr", "seed", "examples")),
+    "chinese.csv": ("chinese", ("method", "seed")),
+    "lora-family.csv": ("lora_family", ("kind", "setting", "lr", "seed", "steps")),
+}
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A function: the script of that name, on a tiny model that is the same at every load."""
+
+    def load(name):
+        module = importlib.import_module(name)
+
+        def load_base(*_, **__):
+            torch.manual_seed(0)
+            return minipeft.load_base("tiny-llama", device="cpu")
+
+        monkeypatch.setattr(module, "load_base", load_base)
+        return module
+
+    return load
+
+
+def rows_of(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_each_result_is_whole(name):
+    script, key = FILES[name]
+    path = FOLDER / "results" / name
+    rows = rows_of(path)
+    columns = getattr(importlib.import_module(script), "COLUMNS", None)
+    assert rows and (columns is None or list(rows[0]) == columns)
+    seen = [tuple(row[k] for k in key) for row in rows]
+    assert len(set(seen)) == len(seen)
+    for row in rows:
+        assert row["torch"] and row["transformers"] and row["device"] and row["threads"]
+        for answers, right, total in (
+            ("answers", "right", "total"),
+            *((f"{kind}_answers", kind, f"{kind}_total") for kind in ("amazon", "tweets")),
+        ):
+            if row.get(answers):
+                assert len(row[answers]) == int(row[total])
+                assert row[answers].count("1") == int(row[right])
+
+
+def test_the_losses_of_single_chinese_rows_make_up_the_mean():
+    for row in rows_of(FOLDER / "results" / "chinese.csv"):
+        for source in ("own", "dialogue"):
+            losses = [float(loss) for loss in row[f"{source}_losses"].split()]
+            assert len(losses) == int(row[f"{source}_rows"])
+            mean = sum(losses) / int(row[f"{source}_chars"])
+            assert mean == pytest.approx(float(row[f"{source}_loss_per_char"]), abs=2e-3)
+
+
+def test_the_same_recipe_gave_the_same_answers_in_two_files():
+    """choosing.py and long_runs.py train alike: on one kind of machine the answers agree."""
+    names = {"LoRA": "r=8", "prefix-tuning": "n=10 text", "all blocks": "all 30 blocks"}
+    old = {
+        (row["setting"], row["seed"], row["lr"]): row
+        for row in rows_of(FOLDER / "results" / "long-runs.csv")
+        if row["answers"] and row["step"] == "60"
+    }
+    compared = 0
+    for row in rows_of(FOLDER / "results" / "choosing.csv"):
+        twin = old.get((names.get(row["method"]), row["seed"], row["lr"]))
+        if row["part"] == "methods" and twin and row["answers"] and row["device"] == twin["device"]:
+            same = sum(a == b for a, b in zip(row["answers"], twin["answers"], strict=True))
+            assert same >= 0.97 * len(row["answers"])
+            compared += 1
+    assert compared
+
+
+def test_choosing_measures_each_run_once(tiny, tmp_path, monkeypatch):
+    choosing = tiny("choosing")
+    monkeypatch.setattr(choosing, "STEPS", 2)
+    monkeypatch.setattr(
+        choosing, "METHODS", {k: choosing.METHODS[k] for k in ("zero-shot", "LoRA", "adapters")}
+    )
+    out = tmp_path / "choosing.csv"
+    words = ["choosing.py", "--seeds", "0", "1", "--tests", "6", "--other-tests", "4"]
+    monkeypatch.setattr(
+        sys, "argv", [*words, "--examples", "10", "--rounds", "1", "--out", str(out)]
+    )
+    choosing.main()
+    rows = rows_of(out)
+    kinds = [(row["part"], row["method"], row["seed"]) for row in rows]
+    assert kinds.count(("methods", "adapters", "0")) == 2  # two rates, and one of them is judged
+    judged = [row for row in rows if row["part"] == "methods" and row["answers"]]
+    assert [(row["method"], row["seed"]) for row in judged] == [
+        ("zero-shot", "0"), ("LoRA", "0"), ("adapters", "0"), ("LoRA", "1"), ("adapters", "1"),
+    ]  # fmt: skip
+    tried = [row for row in rows if row["method"] == "adapters" and row["seed"] == "0"]
+    best = min(tried[:2], key=lambda row: float(row["valid_loss"]))
+    assert best["answers"] and judged[-1]["lr"] == best["lr"]
+    assert all(len(row["tweets_answers"]) == 4 and float(row["chat_loss"]) > 0 for row in judged)
+    costs = {row["method"]: row for row in rows if row["part"] == "cost"}
+    trained = sum(
+        p.numel()
+        for p in minipeft.add_lora(choosing.load_base()[0]).parameters()
+        if p.requires_grad
+    )
+    assert int(costs["LoRA"]["trainable"]) == trained
+    assert 4 * trained < int(costs["LoRA"]["file_bytes"]) < 4 * trained + 20_000
+    assert float(costs["LoRA"]["peak_gib"]) > 0 and float(costs["zero-shot"]["read_ratio"]) > 0
+    few = [row for row in rows if row["part"] == "examples"]
+    assert {(row["method"], row["examples"]) for row in few} == {("LoRA", "10")}
+    choosing.main()  # nothing is left to do
+    assert rows_of(out) == rows
+
+
+def test_distil_trains_the_last_blocks_alone(tiny, tmp_path, monkeypatch):
+    distil = tiny("distil")
+    layers = distil.load_base()[0].config.num_hidden_layers
+    monkeypatch.setattr(distil, "ROUTES", {"first 15": [range(layers - 1)]})
+    kept = {}
+
+    def watched(model, *arguments, **options):
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        history = minipeft.train(model, *arguments, **options)
+        kept["moved"] = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+        return history
+
+    monkeypatch.setattr(distil, "train", watched)
+    reviews, (teacher, tokenizer) = minipeft.load_reviews(), distil.load_base()
+    texts = [
+        minipeft.encode(tokenizer, r["prompt"], r["answer"])
+        for r in reviews["train"].select(range(40))
+    ]
+    rows = distil.run(
+        "first 15", 1, distil.ALL, 1e-3, 0, 2, teacher, tokenizer, texts,
+        reviews["test"].select(range(8)), 1,
+    )  # fmt: skip
+    assert [row["step"] for row in rows] == [0, 2] and rows[1]["layers"] == layers - 1
+    assert kept["moved"] and all(
+        name.startswith((f"model.layers.{layers - 2}.", "model.norm")) for name in kept["moved"]
+    )
+    assert rows[1]["bytes"] == 4 * rows[1]["parameters"]
+
+
+def test_chinese_rows_and_samples(tiny, tmp_path, monkeypatch):
+    chinese = tiny("chinese")
+    monkeypatch.setattr(chinese, "STEPS", 1)
+    monkeypatch.setattr(chinese, "SAMPLES", 1)
+    row, samples = chinese.run("LoRA", 0)
+    assert row["own_rows"] == 22 and row["dialogue_rows"] == 51 and len(samples) == 2
+    assert row["own_chars"] == sum(
+        len(one["answer"]) for one in minipeft.load_instructions("chinese")["test"]
+    )
+
+
+def test_a_subspace_moves_along_d_orthogonal_directions():
+    family = importlib.import_module("lora_family")
+    torch.manual_seed(0)
+    d, shape = 5, (6, 7)
+    index = torch.randint(2 * d, (42,), dtype=torch.int32)
+    theta = torch.randn(d, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(shape, dtype=torch.float64)
+    dense = torch.zeros(42, d, dtype=torch.float64)  # P, as the paper writes it
+    for row, place in enumerate(index.tolist()):
+        dense[row, place % d] = 1.0 if place < d else -1.0
+    moved = family.Subspace(theta, index)(weight)
+    torch.testing.assert_close(moved, weight + (dense @ theta).view(shape))
+    gram = dense.T @ dense
+    assert torch.equal(gram, torch.diag(gram.diagonal()))
+    torch.autograd.gradcheck(lambda t: family.Subspace(t, index)(weight), theta)
+
+
+def test_a_subspace_leaves_the_model_as_it_is_at_first():
+    family = importlib.import_module("lora_family")
+    model, _ = minipeft.load_base("tiny-llama", device="cpu")
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        family.add_subspace(model, 11, seed=0)
+        assert torch.equal(model(ids).logits, before)
+    assert minipeft.count_parameters(model)[0] == 11
+    model(ids, labels=ids).loss.backward()
+    thetas = [p for p in model.parameters() if p.requires_grad]
+    assert len(thetas) == 1 and bool(thetas[0].grad.any())
