@@ -8,6 +8,7 @@ than the sum of the parts; it falls on the loss, on the backward pass of a block
 optimiser's step.
 """
 
+import copy
 import weakref
 from collections import Counter
 from contextlib import nullcontext
@@ -197,6 +198,7 @@ def _build(config, method, dtype, attention):
     kernel = {"fused": "sdpa", "eager": "eager"}[attention]
     if config.model_type == "bloom":
         kernel = "eager"  # transformers has no fused attention for ALiBi
+    config = copy.deepcopy(config)  # a method may write into it; the caller's stays as it is
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=kernel)
     model.config.use_cache = False
     model.train()

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from transformers import BloomConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config
 
 from minipeft import add_lora, count_parameters, freeze, load_base, unfreeze
+from minipeft.freezing import only_head
 from minipeft.memory import PARTS, estimate, measure, saved_bytes
 from minipeft.quantization import quantize_base
 
@@ -287,6 +288,18 @@ def test_the_allocators_peak_on_cuda():
     model, _ = load_base("tiny-llama", device="cuda")
     measured = measure(model, batch=4, seq=128)
     assert measured.total >= sum(measured.parts[name] for name in ("parameters", "optimizer"))
+
+
+def test_the_callers_configuration_stays_as_it_is():
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=101, tie_word_embeddings=True,
+    )  # fmt: skip
+    before = config.to_dict()
+    untied = measure(config, lambda m: only_head(m, untie=True), batch=1, seq=8)
+    assert estimate(config, batch=1, seq=8).total > 0 and config.to_dict() == before
+    tied = measure(config, only_head, batch=1, seq=8)
+    assert untied.parts["parameters"] - tied.parts["parameters"] == 4 * 101 * 32
 
 
 def test_lora_on_an_embedding_is_refused_in_one_sentence():
