@@ -13,7 +13,6 @@ A run appends its row to benchmarks/results/chinese.csv when it is through, and 
 """
 
 import argparse
-import csv
 import json
 import time
 from pathlib import Path
@@ -37,7 +36,7 @@ from minipeft import (
     train,
 )
 from minipeft.freezing import only_last_blocks
-from this_machine import append_rows, this_machine
+from this_machine import append_rows, rows_so_far, this_machine
 
 RESULTS = Path(__file__).resolve().parent / "results" / "chinese.csv"
 COLUMNS = """date device threads torch transformers method lr seed steps trainable train_loss
@@ -115,10 +114,8 @@ def main():
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     logging.set_verbosity_error()
-    common, done = this_machine(), set()
-    if options.out.exists():
-        with open(options.out, newline="") as file:
-            done = {(row["method"], int(row["seed"])) for row in csv.DictReader(file)}
+    common = this_machine()
+    done = {(row["method"], int(row["seed"])) for row in rows_so_far(options.out)}
     for seed in options.seeds:
         for method in options.methods:
             if (method, seed) in done or (method == "zero-shot" and seed != 0):

@@ -24,7 +24,6 @@ A run appends its row to benchmarks/results/choosing.csv when it is through, and
 """
 
 import argparse
-import csv
 import statistics
 import tempfile
 import time
@@ -35,7 +34,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers.utils import logging
 
-from encoder_or_table import in_template
+from long_runs import HOLE, TEXT, prepare
 from minipeft import (
     Batches,
     Collator,
@@ -60,7 +59,7 @@ from minipeft import (
 )
 from minipeft.freezing import only_head, only_last_blocks, only_norms
 from minipeft.memory import measure
-from this_machine import append_rows, this_machine
+from this_machine import append_rows, rows_so_far, this_machine
 
 RESULTS = Path(__file__).resolve().parent / "results" / "choosing.csv"
 OTHERS = ("amazon", "editorials", "tweets")
@@ -68,8 +67,6 @@ COLUMNS = """date device threads torch transformers part method lr seed steps ex
 valid_loss right total amazon amazon_total editorials editorials_total tweets tweets_total chat_loss
 seconds answers amazon_answers editorials_answers tweets_answers trainable file_bytes peak_gib
 step_ratio read_ratio write_ratio""".split()
-TEXT = "Is this film review positive or negative?"
-HOLE = 49152  # the first id beyond SmolLM2's vocabulary: the placeholder of encoder_or_table.py
 STEPS, BATCH = 60, 8
 
 # {method: (rates, what makes the model ready)}. Where there is one rate, it comes from the grids of
@@ -92,13 +89,7 @@ EXAMPLES = (10, 100, 3000)
 
 def prepared(method, seed=0):
     """(model ready to train, tokenizer, what makes its prompt out of a plain one)."""
-    model, tokenizer = load_base()
-    torch.manual_seed(seed)
-    METHODS[method][1](model)
-    if method != "P-tuning":
-        return model, tokenizer, str
-    tokenizer.add_tokens(["<v>"], special_tokens=True)
-    return model, tokenizer, in_template
+    return prepare(METHODS[method][1], seed)
 
 
 def judged(tokenizer, rows, fill):
@@ -250,13 +241,6 @@ def peak(method):
     else:
         model, *_ = prepared(method)
     return measure(model, batch=8, seq=64).total
-
-
-def rows_so_far(path):
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def best_rate(method, rows):

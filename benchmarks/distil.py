@@ -21,7 +21,6 @@ A run appends its rows to benchmarks/results/distil.csv when it is through, and 
 """
 
 import argparse
-import csv
 import statistics
 import time
 from pathlib import Path
@@ -50,7 +49,7 @@ from minipeft import (
 )
 from minipeft.freezing import blocks
 from minipeft.lora import LoRALinear
-from this_machine import append_rows, this_machine
+from this_machine import append_rows, rows_so_far, this_machine
 
 RESULTS = Path(__file__).resolve().parent / "results" / "distil.csv"
 COLUMNS = """date device threads torch transformers route trained_blocks loss lr seed steps step
@@ -187,20 +186,17 @@ def run(route, last, loss, lr, seed, steps, teacher, tokenizer, encoded, test, r
 
 
 def done_so_far(path):
-    if not path.exists():
-        return set()
-    with open(path, newline="") as file:
-        return {
-            (
-                row["route"],
-                int(row["trained_blocks"]),
-                row["loss"],
-                float(row["lr"]),
-                int(row["seed"]),
-                int(row["steps"]),
-            )
-            for row in csv.DictReader(file)
-        }
+    return {
+        (
+            row["route"],
+            int(row["trained_blocks"]),
+            row["loss"],
+            float(row["lr"]),
+            int(row["seed"]),
+            int(row["steps"]),
+        )
+        for row in rows_so_far(path)
+    }
 
 
 def main():

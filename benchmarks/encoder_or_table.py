@@ -36,7 +36,7 @@ from minipeft import (
     train,
 )
 from minipeft.p_tuning import add_p_tuning, fold_p_tuning
-from this_machine import this_machine
+from this_machine import rows_so_far, this_machine
 
 RESULT = Path(__file__).parent / "results" / "encoder-or-table.csv"
 GRID = {
@@ -90,13 +90,6 @@ def run(form, lr, seed):
         yield step, loss, valid.get(step, "")
 
 
-def rows_so_far():
-    if not RESULT.exists():
-        return []
-    with open(RESULT, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def best_rate(form, rows):
     """The rate of the grid whose last validation loss is lowest with seed 0."""
     last = [r for r in rows if (r["form"], r["seed"], r["step"]) == (form, "0", str(STEPS))]
@@ -124,7 +117,7 @@ def main():
     columns = [*where, "form", "lr", "seed", "step", "train_loss", "valid_loss"]
     RESULT.parent.mkdir(exist_ok=True)
     for _ in range(options.runs):
-        one = todo(rows_so_far())
+        one = todo(rows_so_far(RESULT))
         if one is None:
             break
         form, lr, seed = one

@@ -10,7 +10,6 @@ not repeated. The notebooks draw their curves from that file.
 """
 
 import argparse
-import csv
 import time
 from pathlib import Path
 
@@ -34,7 +33,7 @@ from minipeft import (
     train,
 )
 from minipeft.freezing import only_head, only_last_blocks
-from this_machine import append_rows, this_machine
+from this_machine import append_rows, rows_so_far, this_machine
 
 RESULTS = Path(__file__).resolve().parent / "results" / "long-runs.csv"
 COLUMNS = """date device threads torch transformers method setting lr seed step examples
@@ -68,17 +67,22 @@ RUNS = [
 ]
 
 
-def run(method, setting, lr, add, seed, steps, tests):
-    """One training run: a list of dicts, one for every ten steps and, judged, one for the end."""
+def prepare(add, seed):
+    """(model that `add` made ready to train, tokenizer, what makes its prompt of a plain one)."""
     model, tokenizer = load_base()
-    reviews = load_reviews()
-    test = reviews["test"].select(range(min(tests, len(reviews["test"]))))
     torch.manual_seed(seed)
     add(model)
-    fill = str  # the prompt as it is
-    if getattr(getattr(model, "virtual_tokens", None), "placeholder_id", None) == HOLE:
-        tokenizer.add_tokens(["<v>"], special_tokens=True)
-        fill = in_template
+    if getattr(getattr(model, "virtual_tokens", None), "placeholder_id", None) != HOLE:
+        return model, tokenizer, str  # the prompt as it is
+    tokenizer.add_tokens(["<v>"], special_tokens=True)
+    return model, tokenizer, in_template
+
+
+def run(method, setting, lr, add, seed, steps, tests):
+    """One training run: a list of dicts, one for every ten steps and, judged, one for the end."""
+    model, tokenizer, fill = prepare(add, seed)
+    reviews = load_reviews()
+    test = reviews["test"].select(range(min(tests, len(reviews["test"]))))
     what = {"method": method, "setting": setting, "lr": lr, "seed": seed}
     what["trainable"] = count_parameters(model)[0]
     rows, start = [], time.monotonic()
@@ -121,20 +125,11 @@ def main():
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     common = this_machine()
-    done = set()
-    if options.out.exists():
-        with open(options.out, newline="") as file:
-            done = {
-                (
-                    row["method"],
-                    row["setting"],
-                    float(row["lr"]),
-                    int(row["seed"]),
-                    int(row["step"]),
-                )
-                for row in csv.DictReader(file)
-                if row["right"]
-            }
+    done = {
+        (row["method"], row["setting"], float(row["lr"]), int(row["seed"]), int(row["step"]))
+        for row in rows_so_far(options.out)
+        if row["right"]
+    }
     wanted = [("zero_shot", "", 0.0, zero_shot, 0, 0)]
     for seed in options.seeds:
         for method, setting, lr, steps, add in RUNS:

@@ -22,7 +22,6 @@ already are not made again; delete the file to begin anew.
 """
 
 import argparse
-import csv
 import time
 from pathlib import Path
 
@@ -46,7 +45,7 @@ from minipeft import (
     merge_lora,
     train,
 )
-from this_machine import append_rows, this_machine
+from this_machine import append_rows, rows_so_far, this_machine
 
 RESULT = Path(__file__).parent / "results" / "lora-family.csv"
 PROBE = "model.layers.15.self_attn.q_proj"
@@ -152,13 +151,6 @@ def run(kind, setting, lr, seed, steps):
     }
 
 
-def rows_so_far():
-    if not RESULT.exists():
-        return []
-    with open(RESULT, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def best_rate(kind, setting, rows):
     """The rate of the grid whose validation loss is lowest with seed 0."""
     mine = [r for r in rows if (r["kind"], r["setting"], r["seed"]) == (kind, setting, "0")]
@@ -184,7 +176,7 @@ def main():
     logging.set_verbosity_error()
     where = this_machine()
     for _ in range(options.runs):
-        one = todo(rows_so_far(), options.steps)
+        one = todo(rows_so_far(RESULT), options.steps)
         if one is None:
             break
         kind, setting, lr, seed = one

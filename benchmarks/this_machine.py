@@ -21,6 +21,14 @@ def this_machine():
     }
 
 
+def rows_so_far(path):
+    """The rows of a CSV as dicts of strings; none if there is no such file yet."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def append_rows(path, columns, rows):
     """Append rows, dicts whose missing columns stay empty, to a CSV; a new file gets its header."""
     path.parent.mkdir(exist_ok=True)
