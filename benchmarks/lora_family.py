@@ -88,7 +88,7 @@ def lora(**options):
 RUNS = {
     ("full", ""): ((2e-5, 5e-5), None, lambda model, seed: model),
     **{
-        ("subspace", f"d={d}"): ((1e-4, 1e-3), None, lambda m, s, d=d: add_subspace(m, d, s))
+        ("subspace", f"d={d}"): ((1e-4, 3e-4, 1e-3), None, lambda m, s, d=d: add_subspace(m, d, s))
         for d in (10, 100, 1000, 10_000, 100_000)
     },
     **{("rank", f"r={r}"): ((2e-3,), None, lora(r=r, alpha=2 * r)) for r in (1, 2, 8, 32, 128)},

@@ -56,6 +56,12 @@ def lab(tmp_path):
         ["make", "lab", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/lab.stamp"]
         + [f"LAB_OPTIONS={' '.join(options)}"],
         cwd=course,
+        # What this user had open and chose in JupyterLab before is none of this test's business.
+        env=os.environ
+        | {
+            "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "workspaces"),
+            "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings"),
+        },
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
@@ -137,8 +143,9 @@ def test_notebook_11_runs_all_cells_in_jupyterlab(lab, browser, tmp_path):
         return [c for c in cells if c["cell_type"] == "code" and "".join(c["source"]).strip()]
 
     def kernel_is(state):
-        kernels = json.load(urllib.request.urlopen(f"{address}/api/kernels?token=letmein"))
-        return kernels and all(kernel["execution_state"] == state for kernel in kernels)
+        sessions = json.load(urllib.request.urlopen(f"{address}/api/sessions?token=letmein"))
+        mine = [one for one in sessions if one["path"] == "notebooks/11_lora.ipynb"]
+        return mine and mine[0]["kernel"]["execution_state"] == state
 
     browser.get(f"{address}/lab/tree/notebooks/11_lora.ipynb?token=letmein")
     wait_for(lambda: kernel_is("idle"), 120, "an idle kernel")
