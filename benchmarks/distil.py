@@ -46,9 +46,9 @@ from minipeft import (
     student_from_layers,
     train,
     unfreeze,
+    unload_lora,
 )
 from minipeft.freezing import blocks
-from minipeft.lora import LoRALinear
 from this_machine import append_rows, rows_so_far, this_machine
 
 RESULTS = Path(__file__).resolve().parent / "results" / "distil.csv"
@@ -94,10 +94,7 @@ def make_teacher(encoded, folder):
         if folder:
             save_adapter(model, folder)
     merge_lora(model)
-    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear)]:
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, layer.base)  # its weight holds the change
-    return model.requires_grad_(False).eval()
+    return unload_lora(model).eval()
 
 
 def ratios(student, teacher, tokenizer, prompts, rounds):

@@ -6,7 +6,7 @@ from minipeft.checkpoints import load_adapter, save_adapter
 from minipeft.distillation import distil_from, distillation_loss, student_from_layers
 from minipeft.evaluation import classify, complete, wilson_interval
 from minipeft.freezing import count_parameters, freeze, unfreeze
-from minipeft.lora import add_lora, lora_plus_groups, merge_lora, unmerge_lora
+from minipeft.lora import add_lora, lora_plus_groups, merge_lora, unload_lora, unmerge_lora
 from minipeft.models import budget, load_base, pick_device
 from minipeft.p_tuning import add_p_tuning, fold_p_tuning
 from minipeft.p_tuning_v2 import add_p_tuning_v2, fold_p_tuning_v2
@@ -52,6 +52,7 @@ __all__ = [
     "student_from_layers",
     "train",
     "unfreeze",
+    "unload_lora",
     "unmerge_lora",
     "wilson_interval",
 ]

@@ -199,7 +199,7 @@ def modules_named(model, endings, kinds):
     if missing or not endings:
         present = sorted({name.rpartition(".")[2] for name, _ in found})
         raise ValueError(
-            f"{type(model).__name__} has no linear layer named "
+            f"{type(model).__name__} has no layer named "
             f"{' or '.join(map(repr, missing)) or 'by an empty list'}; it has {', '.join(present)}."
         )
     return [(n, m) for n, m in found if any(f".{n}".endswith(f".{e}") for e in endings)]

@@ -236,6 +236,19 @@ def unmerge_lora(model):
     return _shift(model, merge=False)
 
 
+def unload_lora(model):
+    """Take LoRA off: a plain model again, for `save_pretrained` or another technique. Returns it.
+
+    Its weights are those of now: with the changes if they are merged, else those of the base. All
+    of them rest (`freeze`). Raises ValueError if there is no LoRA.
+    """
+    for name, layer in _some_layers(model).items():
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, layer.base)
+    del model.minipeft_technique, model.lora_config
+    return model
+
+
 def _shift(model, merge):
     layers = _some_layers(model).values()
     if any(layer.merged == merge for layer in layers):

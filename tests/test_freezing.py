@@ -95,7 +95,7 @@ def test_endings_match_whole_components():
     assert found == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)] + [
         "model.layers.1.self_attn.v_proj"
     ]
-    with pytest.raises(ValueError, match="no linear layer named 'proj'"):
+    with pytest.raises(ValueError, match="no layer named 'proj'"):
         modules_named(model, ["proj"], linear)
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from minipeft import (
     Collator,
@@ -20,6 +20,7 @@ from minipeft import (
     load_base,
     save_adapter,
     train,
+    unload_lora,
 )
 from minipeft import merge_lora as merge
 from minipeft import unmerge_lora as unmerge
@@ -206,6 +207,32 @@ def merge_and_back(name, dora=False, **options):
     assert not close(plain(**batch).logits, apart, 1e-3), "LoRA must have done something"
 
 
+@pytest.mark.parametrize("dora", [False, True])
+@EVERY
+def test_unloaded_it_is_the_plain_model_that_hf_peft_leaves(name, dora, tmp_path):
+    model, _ = tuned(name, dora=dora)
+    other, _ = as_peft(model, name, dora=dora)
+    expected, batch = other.merge_and_unload().state_dict(), batch_of(1, 2, 6)
+    apart = model(**batch).logits
+    assert unload_lora(merge(model)) is model
+    found = model.state_dict()
+    assert list(found) == list(base(name)[0].state_dict()) == list(expected)
+    assert all(close(found[key], expected[key]) for key in found)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert close(again(**batch).logits, apart)
+    assert count_parameters(model)[0] == 0
+    add_lora(model, targets=LAYERS[name][0])  # no trace of the first one is in the way
+
+
+@EVERY
+def test_unloaded_without_merging_it_is_the_base_to_the_bit(name):
+    model, _ = tuned(name, targets=LAYERS[name][:1] + TABLES[name][:1])
+    found, expected = unload_lora(model).state_dict(), base(name)[0].state_dict()
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[key], expected[key]) for key in found)
+
+
 def test_merging_twice_or_training_merged_is_refused():
     model, tokenizer = tuned("tiny-llama", torch.float32)
     with pytest.raises(ValueError, match="not merged"):
@@ -218,7 +245,7 @@ def test_merging_twice_or_training_merged_is_refused():
         train(model, [batch], max_steps=1, lr=1e-3, progress=False)
     unmerge(model)
     train(model, [batch], max_steps=1, lr=1e-3, progress=False)
-    for call in (merge, unmerge):
+    for call in (merge, unmerge, unload_lora):
         with pytest.raises(ValueError, match="has no LoRA"):
             call(load_base("tiny", device="cpu")[0])
 
@@ -226,9 +253,9 @@ def test_merging_twice_or_training_merged_is_refused():
 @pytest.mark.parametrize(
     "options,message",
     [
-        ({"targets": ("q_prj",)}, r"no linear layer named 'q_prj'; it has .*q_proj.*v_proj"),
+        ({"targets": ("q_prj",)}, r"no layer named 'q_prj'; it has .*q_proj.*v_proj"),
         ({"targets": ()}, "by an empty list"),
-        ({"targets": ("q_proj", "proj")}, "no linear layer named 'proj'"),
+        ({"targets": ("q_proj", "proj")}, "no layer named 'proj'"),
         ({"r": 0}, "r=0 is no rank"),
         ({"r": 2.0}, "r=2.0 is no rank"),
         ({"alpha": 0}, "alpha=0 must be above 0"),
