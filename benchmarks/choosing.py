@@ -11,7 +11,8 @@ only target. Three parts:
             dialogues, in nats per token of the answer: has the model forgotten how to talk? Where
             two learning rates are given, both are tried with seed 0, and that of the lower loss on
             64 validation reviews is taken with the other seeds. Rows of the other rate stay in the
-            file, not judged.
+            file, not judged. "question" is zero-shot with the words that prompt tuning and
+            prefix-tuning start from, typed before the review.
   cost      For each method: trainable parameters; bytes of the file that is kept; peak memory of a
             step of 8 x 64 tokens with AdamW (GiB, float32); and three ratios, medians of rounds in
             which two contenders take turns: a training step over one of LoRA; reading 32 reviews,
@@ -73,6 +74,7 @@ STEPS, BATCH = 60, 8
 # long_runs.py and notebook 05, for the same task and number of steps.
 METHODS = {
     "zero-shot": ((), lambda m: m),
+    "question": ((), lambda m: add_prefix_tuning(m, 10, text=TEXT)),  # not trained: the text typed
     "LoRA": ((2e-3,), add_lora),
     "prompt tuning": ((1e-2, 3e-2), lambda m: add_prompt_tuning(m, 10, "text", TEXT)),
     "prefix-tuning": ((1e-2,), lambda m: add_prefix_tuning(m, 10, text=TEXT)),
@@ -112,7 +114,7 @@ def run(method, lr, seed, examples, part, tests, others):
     chosen = reviews["train"]
     if examples:  # the first of a shuffle of its own for each seed
         chosen = chosen.shuffle(seed=seed).select(range(examples))
-    steps = 0 if method == "zero-shot" else max(STEPS, examples // BATCH)
+    steps = max(STEPS, examples // BATCH) if METHODS[method][0] else 0
     start, losses = time.monotonic(), []
     if steps:
         texts = [encode(tokenizer, fill(row["prompt"]), row["answer"]) for row in chosen]
@@ -278,7 +280,7 @@ def main():
 
     for seed in options.seeds if "methods" in options.parts else ():
         for method in options.methods:
-            if method == "zero-shot":
+            if not METHODS[method][0]:
                 if not done("methods", method=method):
                     keep(run(method, 0.0, 0, 0, "methods", *tests)[1]())
             elif seed == 0:
@@ -292,7 +294,7 @@ def main():
                 lr = best_rate(method, rows_so_far(options.out))
                 keep(run(method, lr, seed, 0, "methods", *tests)[1]())
     for method in options.methods if "cost" in options.parts else ():
-        if not done("cost", method=method):
+        if method != "question" and not done("cost", method=method):  # it costs what a prefix does
             keep(cost(method, options.rounds))
     for seed in options.seeds if "examples" in options.parts else ():
         for number in options.examples:

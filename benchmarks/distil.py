@@ -6,6 +6,8 @@ The teacher is SmolLM2 with LoRA (r=8, 60 steps of 8 film reviews, as in noteboo
 student is cut out of it and trained with 16 reviews a step, under bfloat16 autocast. The last
 `trained_blocks` blocks and the final norm are trained; the others rest, and so does the embedding,
 which is the head too. A route is a list of cuts; its steps are shared out equally between them.
+In "first 15, then 8" with 5 trained blocks, the second cut takes away just those that were trained;
+with 15 it does not. "First 15, untuned" is cut out of SmolLM2 as it comes, not out of the teacher.
 Losses:
 
   labels              cross-entropy alone, as if there were no teacher
@@ -57,6 +59,7 @@ layers parameters bytes train_loss right total as_teacher teacher_right read wri
 answers""".split()
 ROUTES = {
     "first 15": [range(15)],
+    "first 15, untuned": [range(15)],
     "every other 15": [range(0, 30, 2)],
     "first 8": [range(8)],
     "every fourth 8": [range(0, 30, 4)],
@@ -70,6 +73,7 @@ RUNS = [("first 15", 5, ALL), ("every other 15", 15, ALL), ("first 8", 5, ALL)]
 RUNS += [("first 15, then 8", 5, ALL), ("every other 15, then 8", 15, ALL)]
 RUNS += [("every fourth 8", 8, ALL), ("first 15", 15, ALL), ("first 15", 5, "labels")]
 RUNS += [("first 15", 5, "labels+soft"), ("every other 15", 5, ALL)]
+RUNS += [("first 15, then 8", 15, ALL), ("first 8", 8, ALL), ("first 15, untuned", 5, "labels")]
 
 
 def loss_of(name, teacher, layers):
@@ -123,7 +127,8 @@ def ratios(student, teacher, tokenizer, prompts, rounds):
 def run(route, last, loss, lr, seed, steps, teacher, tokenizer, encoded, test, rounds):
     """One route: a list of dicts, one row after each cut, and one after each training."""
     labels, by_teacher = torch.tensor(test["label"]), classify(teacher, tokenizer, test["prompt"])
-    rows, model, trained = [], teacher, 0
+    rows, trained = [], 0
+    model = load_base()[0] if route.endswith("untuned") else teacher
     what = {
         "route": route,
         "trained_blocks": last,

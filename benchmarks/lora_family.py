@@ -88,15 +88,26 @@ def lora(**options):
 RUNS = {
     ("full", ""): ((2e-5, 5e-5), None, lambda model, seed: model),
     **{
-        ("subspace", f"d={d}"): ((1e-4, 3e-4, 1e-3), None, lambda m, s, d=d: add_subspace(m, d, s))
+        ("subspace", f"d={d}"): (
+            (1e-4, 3e-4, 1e-3, 3e-3)[: 3 if d > 10_000 else 4],
+            None,
+            lambda m, s, d=d: add_subspace(m, d, s),
+        )
         for d in (10, 100, 1000, 10_000, 100_000)
     },
-    **{("rank", f"r={r}"): ((2e-3,), None, lora(r=r, alpha=2 * r)) for r in (1, 2, 8, 32, 128)},
+    **{
+        ("rank", f"r={r}"): (
+            (1e-3, 2e-3, 4e-3) if r == 8 else (2e-3,),
+            None,
+            lora(r=r, alpha=2 * r),
+        )
+        for r in (1, 2, 8, 32, 128)
+    },
     ("targets", "q_proj"): ((2e-3,), None, lora(targets="q_proj")),
     ("targets", "v_proj"): ((2e-3,), None, lora(targets="v_proj")),
     ("targets", "all seven"): ((1e-3, 2e-3), None, lora(targets=SEVEN)),
     ("targets", "embed_tokens"): ((2e-3,), None, lora(targets="embed_tokens")),
-    ("variant", "dora"): ((2e-3,), None, lora(dora=True)),
+    ("variant", "dora"): ((1e-3, 2e-3, 4e-3), None, lora(dora=True)),
     ("variant", "rslora"): ((7e-4, 2e-3), None, lora(scaling="rslora")),
     ("variant", "lora+ 4"): ((1e-3, 2e-3), 4, lora()),
     ("variant", "lora+ 16"): ((2.5e-4, 5e-4), 16, lora()),

@@ -180,8 +180,8 @@ def from_peft(model, config, state):
     present = len(getattr(model, "adapter_configs", []))
     if config.get("stands_on") != present:
         raise ValueError(
-            f"These adapters were trained on top of {config.get('stands_on')} others, and this "
-            f"model has {present}; load the others first, on the base model."
+            f"These adapters were trained on top of {config.get('stands_on')} other set(s) of "
+            f"adapters, and this model has {present}; load those first, on the base model."
         )
     expected = {
         f"{name}.{key}": shape

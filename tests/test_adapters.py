@@ -540,9 +540,13 @@ def test_a_stack_is_saved_in_one_folder_each_and_a_lower_one_can_be_exchanged(tm
     assert trainables(again).keys() == trainables(model).keys()
     exchanged = load_adapter(load_adapter(fresh(), tmp_path / "other"), tmp_path / "task")
     assert not close(exchanged(ids).logits, model(ids).logits, 1e-3)
-    with pytest.raises(ValueError, match="on top of 1 others, and this model has 0"):
+    with pytest.raises(
+        ValueError, match="on top of 1 other set.s. of adapters, and this model has 0"
+    ):
         load_adapter(fresh(), tmp_path / "task")
-    with pytest.raises(ValueError, match="on top of 0 others, and this model has 1"):
+    with pytest.raises(
+        ValueError, match="on top of 0 other set.s. of adapters, and this model has 1"
+    ):
         load_adapter(tuned("tiny-llama"), tmp_path / "other")
 
 
