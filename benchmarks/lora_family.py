@@ -84,6 +84,7 @@ def lora(**options):
     return lambda model, seed: add_lora(model, **options)
 
 
+RATES = {8: (1e-3, 2e-3, 4e-3), 128: (5e-4, 2e-3)}  # of some ranks
 # {(kind, setting): (rates, ratio of LoRA+ or None, what makes the model ready)}
 RUNS = {
     ("full", ""): ((2e-5, 5e-5), None, lambda model, seed: model),
@@ -97,7 +98,7 @@ RUNS = {
     },
     **{
         ("rank", f"r={r}"): (
-            (1e-3, 2e-3, 4e-3) if r == 8 else (2e-3,),
+            RATES.get(r, (2e-3,)),
             None,
             lora(r=r, alpha=2 * r),
         )
