@@ -14,6 +14,7 @@ Losses:
   labels+soft         alpha = 0.5, T = 2, forward KL
   labels+soft+hidden  the same, and the final hidden states that predict a target are to be the
                       teacher's
+  soft+hidden         alpha = 0: the teacher alone, of the labels only their places
 
 After each cut and each training the student is judged on the same 600 test reviews as the teacher.
 `read` and `write` are tokens a second, student over teacher, medians of rounds in which the two
@@ -74,14 +75,16 @@ RUNS += [("first 15, then 8", 5, ALL), ("every other 15, then 8", 15, ALL)]
 RUNS += [("every fourth 8", 8, ALL), ("first 15", 15, ALL), ("first 15", 5, "labels")]
 RUNS += [("first 15", 5, "labels+soft"), ("every other 15", 5, ALL)]
 RUNS += [("first 15, then 8", 15, ALL), ("first 8", 8, ALL), ("first 15, untuned", 5, "labels")]
+RUNS += [("first 15", 5, "soft+hidden")]
 
 
 def loss_of(name, teacher, layers):
     """What `train` takes as its loss; nothing means the cross-entropy with the labels."""
     if name == "labels":
         return {}
-    pairs = [(layers, len(blocks(teacher)))] if name == ALL else ()
-    return {"loss_sum": distil_from(teacher, 0.5, 2.0, pairs=pairs)}
+    pairs = [(layers, len(blocks(teacher)))] if name.endswith("hidden") else ()
+    alpha = 0.5 if name.startswith("labels") else 0.0
+    return {"loss_sum": distil_from(teacher, alpha, 2.0, pairs=pairs)}
 
 
 def make_teacher(encoded, folder):

@@ -165,6 +165,33 @@ def test_distil_trains_the_last_blocks_alone(tiny, tmp_path, monkeypatch):
     assert all(row["bytes"] == 4 * row["parameters"] for row in rows)
 
 
+def test_distil_has_a_loss_without_labels_and_a_student_without_a_tuned_teacher(tiny, monkeypatch):
+    distil = tiny("distil")
+    student, _ = distil.load_base()
+    teacher, tokenizer = distil.load_base()
+    with torch.no_grad():  # tuned: no longer what load_base gives
+        teacher.model.norm.weight.mul_(2)
+    batch = minipeft.Collator(0)([minipeft.encode(tokenizer, "Good?", " Yes")])
+    other = batch | {"labels": torch.where(batch["labels"] == -100, -100, 7)}
+    layers = student.config.num_hidden_layers
+    for name, same in (("soft+hidden", True), (distil.ALL, False)):  # do the labels count?
+        loss = distil.loss_of(name, teacher, layers)["loss_sum"]
+        assert torch.equal(loss(student, batch), loss(student, other)) == same
+    monkeypatch.setattr(distil, "ROUTES", {n: [range(layers)] for n in ("first 15", "untuned")})
+    test = minipeft.load_reviews()["test"].select(range(6))
+    texts = [minipeft.encode(tokenizer, r["prompt"], r["answer"]) for r in test] * 5
+    cut = []
+    monkeypatch.setattr(
+        distil,
+        "student_from_layers",
+        lambda model, keep: cut.append(model) or minipeft.student_from_layers(model, keep),
+    )
+    for route in distil.ROUTES:
+        distil.run(route, 1, "labels", 1e-3, 0, 1, teacher, tokenizer, texts, test, 1)
+    assert cut[0] is teacher and cut[1] is not teacher
+    assert torch.equal(cut[1].model.norm.weight, student.model.norm.weight)
+
+
 def test_chinese_rows_and_samples(tiny, tmp_path, monkeypatch):
     chinese = tiny("chinese")
     monkeypatch.setattr(chinese, "STEPS", 1)
