@@ -84,25 +84,19 @@ def lora(**options):
     return lambda model, seed: add_lora(model, **options)
 
 
-RATES = {8: (1e-3, 2e-3, 4e-3), 128: (5e-4, 2e-3)}  # of some ranks
+SUBSPACE_RATES = dict.fromkeys((10, 100, 1000, 10_000), (1e-4, 3e-4, 1e-3, 3e-3))
+SUBSPACE_RATES[100_000] = (1e-4, 3e-4, 1e-3)
+RANK_RATES = dict.fromkeys((1, 2, 8, 32, 128), (2e-3,))
+RANK_RATES |= {8: (1e-3, 2e-3, 4e-3), 128: (5e-4, 2e-3)}
 # {(kind, setting): (rates, ratio of LoRA+ or None, what makes the model ready)}
 RUNS = {
     ("full", ""): ((2e-5, 5e-5), None, lambda model, seed: model),
     **{
-        ("subspace", f"d={d}"): (
-            (1e-4, 3e-4, 1e-3, 3e-3)[: 3 if d > 10_000 else 4],
-            None,
-            lambda m, s, d=d: add_subspace(m, d, s),
-        )
-        for d in (10, 100, 1000, 10_000, 100_000)
+        ("subspace", f"d={d}"): (rates, None, lambda m, s, d=d: add_subspace(m, d, s))
+        for d, rates in SUBSPACE_RATES.items()
     },
     **{
-        ("rank", f"r={r}"): (
-            RATES.get(r, (2e-3,)),
-            None,
-            lora(r=r, alpha=2 * r),
-        )
-        for r in (1, 2, 8, 32, 128)
+        ("rank", f"r={r}"): (rates, None, lora(r=r, alpha=2 * r)) for r, rates in RANK_RATES.items()
     },
     ("targets", "q_proj"): ((2e-3,), None, lora(targets="q_proj")),
     ("targets", "v_proj"): ((2e-3,), None, lora(targets="v_proj")),

@@ -239,8 +239,8 @@ def unmerge_lora(model):
 def unload_lora(model):
     """Take LoRA off: a plain model again, for `save_pretrained` or another technique. Returns it.
 
-    Its weights are those of now: with the changes if they are merged, else those of the base. All
-    of them rest (`freeze`). Raises ValueError if there is no LoRA.
+    Its weights are those of now: with the changes if they are merged, else those of the base. What
+    was frozen stays frozen. Raises ValueError if there is no LoRA.
     """
     for name, layer in _some_layers(model).items():
         parent, _, last = name.rpartition(".")
