@@ -15,12 +15,14 @@ from minipeft.freezing import refuse_size
 from minipeft.virtual_tokens import (
     attach,
     count_positions,
+    embedded,
     named_inputs,
     past_length,
     peft_config,
     place_of,
     refuse,
     table_of_state,
+    width_of,
 )
 
 PEFT_TYPE, TEMPLATE = "P_TUNING", "P_TUNING_TEMPLATE"  # HF peft has no templates, so no such type
@@ -55,9 +57,13 @@ class PromptEncoder(nn.Module):
 
     def forward(self):
         vectors = self.embedding.weight  # (n, hidden)
-        if self.encoder == "lstm":
-            vectors = self.lstm(vectors[None])[0][0]  # (n, 2 * width)
-        return self.mlp(vectors) if self.encoder else vectors  # (n, hidden)
+        # Not in half precision: the encoder runs once a step, and not every CPU has such an LSTM.
+        with torch.autocast(vectors.device.type, enabled=False):
+            if self.encoder == "lstm":
+                if vectors.is_cuda:  # in eval mode cuDNN has no backward pass
+                    self.lstm.train()  # which changes no number: there is no dropout
+                vectors = self.lstm(vectors[None])[0][0]  # (n, 2 * width)
+            return self.mlp(vectors) if self.encoder else vectors  # (n, hidden)
 
 
 def add_p_tuning(
@@ -78,7 +84,7 @@ def add_p_tuning(
     if encoder not in ENCODERS:
         raise ValueError(f"encoder={encoder!r} is none of {', '.join(map(repr, ENCODERS))}.")
     refuse(model, num_virtual_tokens)
-    hidden = model.get_input_embeddings().weight.shape[1]
+    hidden = width_of(model)
     width = hidden if encoder_hidden_size is None else encoder_hidden_size
     refuse_size("encoder_hidden_size", width, "width")
     place = place_of(model)
@@ -91,7 +97,7 @@ def _attached(model, written):
     return attach(model, written, "p_tuning", before)
 
 
-def _fill_template(model, args, kwargs):
+def _fill_template(first, limit, model, args, kwargs):
     """Before the forward: put the vectors where the placeholders are. Nothing gets longer."""
     virtual, n = model.virtual_tokens, model.virtual_tokens.num_virtual_tokens
     kwargs, cache_name = named_inputs(model, args, kwargs)
@@ -109,9 +115,9 @@ def _fill_template(model, args, kwargs):
     if labels is not None and (labels == virtual.placeholder_id).any():
         raise ValueError("A placeholder is a label, but nobody can predict it; label it -100.")
     if kwargs.get("position_ids") is None:
-        count_positions(model, kwargs, ids.shape[1])
-    embeds = model.get_input_embeddings()(ids.masked_fill(holes, 0))  # (batch, seq, hidden)
-    vectors = virtual().to(embeds.dtype).repeat(len(ids), 1)  # (batch * n, hidden), row by row
+        count_positions(kwargs, first, ids.shape[1])
+    embeds = embedded(model, ids.masked_fill(holes, 0))  # (batch, seq, hidden)
+    vectors = virtual().to(embeds).repeat(len(ids), 1)  # (batch * n, hidden), row by row
     embeds = embeds.masked_scatter(holes[..., None], vectors)
     return (), kwargs | {"inputs_embeds": embeds, "input_ids": None}
 

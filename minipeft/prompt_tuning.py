@@ -16,6 +16,8 @@ from minipeft.virtual_tokens import (
     refuse,
     table_of_state,
     token_ids,
+    vectors_of,
+    vocabulary_of,
 )
 
 PEFT_TYPE = "PROMPT_TUNING"
@@ -57,18 +59,17 @@ def add_prompt_tuning(model, num_virtual_tokens=10, init="vocab", text=None, tok
     if num_virtual_tokens is None and init == "text":
         num_virtual_tokens = len(token_ids(model, text, tokenizer))
     refuse(model, num_virtual_tokens)
-    place = place_of(model)
-    table = model.get_input_embeddings().weight.detach()  # (vocab, hidden)
     if init == "random":
-        std, mean = torch.std_mean(table.to(place["dtype"]))
-        weight = torch.randn(num_virtual_tokens, table.shape[1], **place) * std + mean
+        vocabulary = vocabulary_of(model)  # (vocab, hidden)
+        std, mean = torch.std_mean(vocabulary)
+        weight = torch.randn_like(vocabulary[:1].expand(num_virtual_tokens, -1)) * std + mean
     else:
         if init == "text":
             ids = token_ids(model, text, tokenizer, num_virtual_tokens)  # (n,)
         else:
             words = ordinary_tokens(model, tokenizer)
             ids = words[torch.randint(len(words), (num_virtual_tokens,)).to(words.device)]
-        weight = table[ids].to(place["dtype"], copy=True)  # (n, hidden)
+        weight = vectors_of(model, ids)  # (n, hidden)
     return attach(model, SoftPrompt(weight), "prompt_tuning")
 
 
@@ -81,7 +82,7 @@ def nearest_words(model, k=5):
     """
     if getattr(getattr(model, "virtual_tokens", None), "place", None) != "front":
         raise ValueError("This model has no virtual tokens among its embeddings.")
-    table = model.get_input_embeddings().weight.float()  # (vocab, hidden)
+    table = vocabulary_of(model).float()  # (vocab, hidden)
     vectors = model.virtual_tokens().float()  # (n, hidden)
     cosines = nn.functional.normalize(vectors, dim=-1) @ nn.functional.normalize(table, dim=-1).T
     best = cosines.topk(k, dim=-1)  # (n, k)

@@ -1,67 +1,119 @@
 """Virtual tokens: tokens that nobody typed, and what each of them asks of the inputs of a model.
 
-They stand in one of two places, which `model.virtual_tokens` names in its `place`:
+They stand in one of these places, which `model.virtual_tokens` names in its `place`:
 
-  "front"  vectors in front of the embedded text; the sequence grows by n, layer after layer
-           (prompt tuning, P-tuning, and P-tuning v2 in its hidden-state form)
-  "cache"  keys and values in front of those of the text; in each layer the text sees n more
-           positions and stays as long as it was (prefix-tuning, P-tuning v2)
+  "front"     vectors in front of the embedded text; the sequence grows by n, layer after layer
+              (prompt tuning, P-tuning)
+  "hidden"    the same, and each block begins with vectors of its own there (P-tuning v2)
+  "cache"     keys and values in front of those of the text; in each layer the text sees n more
+              positions and stays as long as it was (prefix-tuning, P-tuning v2)
+  "attention" the same for a model without a cache, handed to each attention (P-tuning v2)
+  "template"  vectors in place of tokens of the text (P-tuning)
 
-Both want n more columns in the mask, and text whose positions begin at n. In front the
-labels are lengthened too: none of the virtual tokens is a target. What the model gives for the
-virtual positions is cut off its output.
+But for the last, all want n more columns in the mask, and text whose positions begin n later. In
+front the labels are lengthened too: none of the virtual tokens is a target. What the model gives
+for the virtual positions is cut off its output.
 
 It is done by hooks around the model's forward, so the model remains the Hugging Face model that it
 was: `generate`, `Trainer` and `deepcopy` work as before. This is no technique; each has its module.
 """
 
 import inspect
+from contextlib import contextmanager
 from functools import partial
 
 import torch
-from transformers import DynamicCache
+from torch.nn.functional import pad
+from transformers import Cache, DynamicCache
 
 from minipeft.batching import position_ids_from_mask
-from minipeft.freezing import at_least_float32, blocks, freeze, refuse_size
+from minipeft.freezing import at_least_float32, blocks, refuse_size
+from minipeft.prefix_attention import check_attentions, open_attentions
+from minipeft.technique import adding, evaluating, freeze_base, has_numbers, refuse_tuned
+from minipeft.trial import (
+    LENGTH,
+    N,
+    Trial,
+    cache_in,
+    cache_shape,
+    embedded,
+    hidden_of,
+    positions_of,
+    takes,
+    with_hidden,
+)
 
 CACHE_NAMES = {"past_key_values", "layer_past", "cache"}  # of the same thing in transformers
+LONGER = ("front", "hidden")  # the places where the sequence grows
 
 
 def attach(model, virtual_tokens, technique, before=None):
-    """Freeze `model` and give it the module `virtual_tokens`. Returns the model.
+    """Freeze `model` and give it the module `virtual_tokens`, if it keeps what they promise.
 
-    virtual_tokens: has `place`, `num_virtual_tokens` (n), and a forward without arguments that
-    gives the vectors (n, hidden) for "front", or for "cache" (layers, 2, kv_heads, n, head_dim);
-    there it also takes the number of a layer and gives that layer's (2, kv_heads, n, head_dim).
-    before: the hook that puts them in, for a technique with a third place of its own.
+    virtual_tokens: has `place`, `num_virtual_tokens` (n), and a forward that gives the vectors:
+    without arguments (n, hidden) for "front", (layers, 2, kv_heads, n, head_dim) for "cache"; with
+    the number of a layer that layer's, (n, hidden) for "hidden", (2, kv_heads, n, head_dim) for
+    "cache" and "attention".
+    before: the hook that puts them in, for a technique with a place of its own. It is given what
+    `positions_of` says of the model first.
+    Returns the model. Raises ValueError, the model as it was, for one that cannot have them.
     """
-    freeze(model)
-    model.virtual_tokens = virtual_tokens.train(model.training)
-    model.minipeft_technique = technique
-    model.register_forward_pre_hook(before or _lengthen, with_kwargs=True)
-    model.register_forward_hook(_cut, with_kwargs=True)
-    if virtual_tokens.place == "cache":
-        survive_checkpointing(model)
+    place = virtual_tokens.place
+    with adding(model, technique), refusing(model):
+        words = trial_words(model)
+        first, limit = positions_of(model, words[None])
+        trial = None
+        if has_numbers(model) and place != "attention":
+            trial = Trial(model, place, words, first, limit)
+        freeze_base(model)
+        model.virtual_tokens = virtual_tokens.train(model.training)
+        before = partial(before or _lengthen, first, limit)
+        model.register_forward_pre_hook(before, with_kwargs=True)
+        model.register_forward_hook(_cut, with_kwargs=True)
+        if place == "hidden":
+            for i, block in enumerate(blocks(model)):
+                block.register_forward_pre_hook(partial(_overwrite, model, i), with_kwargs=True)
+        if place == "cache":
+            survive_checkpointing(model)
+        if place == "attention":
+            open_attentions(model, partial(_of_layer, model))
+        if trial:
+            trial.check(model)
+        elif has_numbers(model):
+            check_attentions(model, words[None])
     return model
+
+
+@contextmanager
+def refusing(model):
+    """Turn whatever goes wrong in a trial into one sentence about this model."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else ""
+        if not isinstance(error, ValueError):
+            reason = f"a trial ended in {type(error).__name__}: {reason}"
+        raise ValueError(
+            f"{type(model).__name__} cannot have virtual tokens of this kind: {reason}. Take LoRA, "
+            "or another base model."
+        ) from error
+
+
+def trial_words(model):
+    """N + LENGTH ordinary tokens, different ones as far as there are: int64."""
+    words = ordinary_tokens(model)
+    steps = torch.linspace(0, len(words) - 1, N + LENGTH, device=words.device)
+    return words[steps.long()]
 
 
 def refuse(model, num_virtual_tokens, head="lm_head"):
     """Raise ValueError for a number, or a model, that virtual tokens cannot be added to."""
     refuse_size("num_virtual_tokens", num_virtual_tokens, "length")
-    name = type(model).__name__
-    if getattr(model, "minipeft_technique", None):
-        raise ValueError(
-            f"This {name} has {model.minipeft_technique} already; load the base model anew."
-        )
+    refuse_tuned(model)
     if head == "lm_head" and model.get_output_embeddings() is None:
         raise ValueError(
-            f"{name} has no language-model head. For classification take add_p_tuning_v2."
-        )
-    kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        raise ValueError(
-            f"{name} has layers of {', '.join(sorted(kinds - {'full_attention'}))}, from which "
-            "virtual tokens would drop out of sight; take a model with full attention throughout."
+            f"{type(model).__name__} has no language-model head. For classification take "
+            "add_p_tuning_v2."
         )
 
 
@@ -69,6 +121,23 @@ def place_of(model):
     """{"device": ..., "dtype": ...} for new trainables: float32, or float64 on a float64 base."""
     weight = model.get_input_embeddings().weight
     return {"device": weight.device, "dtype": at_least_float32(weight.dtype)}
+
+
+def width_of(model):
+    """The width of the vectors that enter the model."""
+    return vectors_of(model, trial_words(model)[:1]).shape[1]
+
+
+@torch.no_grad()
+def vectors_of(model, ids):
+    """The vectors that enter the model for token ids (n,), as new trainables: (n, hidden)."""
+    return embedded(model, ids).to(**place_of(model), copy=True)
+
+
+def vocabulary_of(model):
+    """The vectors of all tokens, as they enter the model: (vocab, hidden), in float32 or wider."""
+    table = model.get_input_embeddings().weight
+    return vectors_of(model, torch.arange(len(table), device=table.device))
 
 
 def named_inputs(model, args, kwargs):
@@ -90,90 +159,133 @@ def past_length(cache):
     return 0 if cache is None else cache.get_seq_length()
 
 
-def _lengthen(model, args, kwargs):
+def _lengthen(first, limit, model, args, kwargs):
     """Before the forward: put the virtual tokens in, and lengthen what goes with the input."""
     virtual, n = model.virtual_tokens, model.virtual_tokens.num_virtual_tokens
     kwargs, cache_name = named_inputs(model, args, kwargs)
     cache = kwargs.get(cache_name)
     past = past_length(cache)
     ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+    if (ids is None) == (embeds is None):
+        raise ValueError("Give either input_ids or inputs_embeds.")
     text = ids if embeds is None else embeds  # (batch, seq) or (batch, seq, hidden)
     batch, seq = text.shape[:2]
     starts = past == 0  # otherwise the virtual tokens are in the cache already
-    front = starts and virtual.place == "front"
+    front = starts and virtual.place in LONGER
     if embeds is not None and not starts:
         raise ValueError("To go on from a cache, give input_ids, not inputs_embeds.")
-    _extend_mask_and_positions(model, kwargs, n, past, n * front, batch, seq)
+    known = max(past, n)  # positions that precede the text of this call, as the model counts them
+    if limit and known + seq > limit:
+        raise ValueError(
+            f"{n} virtual and {known - n + seq} real tokens are more than the {limit} positions "
+            f"that {type(model).__name__} has learned; shorten the text."
+        )
+    if virtual.place != "attention":  # there each attention lengthens its own
+        _extend_mask(kwargs, n, known, batch, seq)
+    _extend_positions(model, kwargs, first, n, n * front, text)
     if front:
-        embeds = model.get_input_embeddings()(ids) if embeds is None else embeds
-        vectors = virtual().to(embeds.dtype).expand(batch, -1, -1)  # (batch, n, hidden)
+        embeds = embedded(model, ids) if embeds is None else embeds
+        vectors = virtual().to(embeds).expand(batch, -1, -1)  # (batch, n, hidden)
         kwargs["inputs_embeds"] = torch.cat([vectors, embeds], 1)  # (batch, n + seq, hidden)
         kwargs["input_ids"] = None
-        keep = seq
-        if kwargs.get("labels") is not None:
-            # The last virtual token predicts the first label, the others predict none. Their
-            # logits would be the largest tensor of the step for nothing, so they are not made.
-            keep = seq + 1
-            nothing = kwargs["labels"].new_full((batch, 1), -100)
-            kwargs["labels"] = torch.cat([nothing, kwargs["labels"]], 1)  # (batch, seq + 1)
-        if not isinstance(kwargs.get("logits_to_keep"), torch.Tensor):
-            kwargs["logits_to_keep"] = min(kwargs.get("logits_to_keep") or keep, keep)
-    elif starts:
+        if kwargs.get("token_type_ids") is not None:
+            kwargs["token_type_ids"] = pad(kwargs["token_type_ids"], (n, 0))  # (batch, n + seq)
+        _extend_labels(model, kwargs, n, seq)
+    elif starts and virtual.place == "cache":
         kwargs[cache_name] = _filled(model, cache, virtual(), batch)
         if isinstance(kwargs[cache_name], CheckpointedCache):
             kwargs["use_cache"] = False
     return (), kwargs
 
 
-def _extend_mask_and_positions(model, kwargs, n, past, new, batch, seq):
-    """The mask gets n columns of its own dtype; positions of the text go up by n.
-
-    past: positions in the cache. new: how many virtual positions this call itself adds (n or 0).
-    """
-    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    known = max(past, n)  # positions that precede the text of this call, as the model counts them
-    if mask is not None:
-        if mask.dim() != 2:
-            raise ValueError(
-                f"The mask has {mask.dim()} dimensions; virtual tokens need one of (batch, seq)."
-            )
-        if mask.shape[1] + n != known + seq:
-            raise ValueError(
-                f"The mask has {mask.shape[1]} columns, but the call has {seq} tokens and the "
-                f"cache {known - n} of text. To go on from a used cache, give the new tokens only "
-                "and a mask over all of the text."
-            )
-        mask = torch.cat([mask.new_ones(batch, n), mask], 1)  # (batch, n + text)
-        kwargs["attention_mask"] = mask
-    limit = getattr(model.config, "n_positions", None)  # a table of learned positions, as GPT-2's
-    if limit and known + seq > limit:
+def _extend_mask(kwargs, n, known, batch, seq):
+    """The mask gets n columns of its own dtype."""
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        return
+    if mask.dim() != 2:
         raise ValueError(
-            f"{n} virtual and {known - n + seq} real tokens are more than the {limit} positions "
-            f"that {type(model).__name__} has learned; shorten the text."
+            f"The mask has {mask.dim()} dimensions; virtual tokens need one of (batch, seq)."
         )
-    if positions is not None:
-        virtual = torch.arange(new, device=positions.device).expand(batch, -1)
-        kwargs["position_ids"] = torch.cat([virtual, (positions + n).expand(batch, -1)], 1)
-    else:
-        count_positions(model, kwargs, new + seq)
+    if mask.shape[1] + n != known + seq:
+        raise ValueError(
+            f"The mask has {mask.shape[1]} columns, but the call has {seq} tokens and the "
+            f"cache {known - n} of text. To go on from a used cache, give the new tokens only "
+            "and a mask over all of the text."
+        )
+    kwargs["attention_mask"] = torch.cat([mask.new_ones(batch, n), mask], 1)  # (batch, n + text)
 
 
-def count_positions(model, kwargs, last):
+def _extend_positions(model, kwargs, first, n, new, text):
+    """Positions of the text go up by n. new: the virtual positions of this call itself, n or 0."""
+    (batch, seq), device = text.shape[:2], text.device
+    positions = kwargs.get("position_ids")
+    if positions is None:
+        skipped = n if model.virtual_tokens.place == "attention" else 0  # no columns of the mask
+        if skipped and kwargs.get("attention_mask") is None:
+            kwargs["attention_mask"] = torch.ones(batch, seq, dtype=torch.int64, device=device)
+        count_positions(kwargs, first, new + seq, skipped)
+        return
+    # Without a mask transformers takes positions that begin anew for documents in one row. The
+    # others would not see the virtual tokens.
+    if kwargs.get("attention_mask") is None and seq > 1 and (positions.diff(dim=-1) <= 0).any():
+        raise ValueError(
+            "position_ids begin anew within a row, so it holds several documents; virtual tokens "
+            "would stand before the first one only. Give each document a row of its own."
+        )
+    virtual = (first or 0) + torch.arange(new, device=positions.device).expand(batch, -1)
+    kwargs["position_ids"] = torch.cat([virtual, (positions + n).expand(batch, -1)], 1)
+
+
+def count_positions(kwargs, first, last, skipped=0):
     """Give the `last` columns of the mask, if there is one, positions that pass over padding.
 
     Without a mask the model itself counts, which is right where nothing is padded. A model that
-    takes no positions, as with ALiBi, counts the columns of the mask.
+    takes no positions (first is None), as with ALiBi, counts the columns of the mask.
     """
     mask = kwargs.get("attention_mask")
-    if mask is not None and "position_ids" in inspect.signature(model.forward).parameters:
-        kwargs["position_ids"] = position_ids_from_mask(mask)[:, -last:]  # (batch, last)
+    if mask is not None and first is not None:
+        positions = position_ids_from_mask(mask)[:, -last:]  # (batch, last)
+        kwargs["position_ids"] = first + skipped + positions
+
+
+def _of_layer(model, layer):
+    return model.virtual_tokens(layer)
+
+
+def _extend_labels(model, kwargs, n, seq):
+    """Labels for virtual tokens in front: none of them is a target."""
+    labels, keep = kwargs.get("labels"), seq
+    if not takes(model, "logits_to_keep"):
+        kwargs["labels"] = labels if labels is None else pad(labels, (n, 0), value=-100)
+        return
+    if labels is not None:
+        # The last virtual token predicts the first label, the others predict none. Their logits
+        # would be the largest tensor of the step for nothing, so they are not made.
+        keep = seq + 1
+        kwargs["labels"] = pad(labels, (1, 0), value=-100)  # (batch, seq + 1)
+    if not isinstance(kwargs.get("logits_to_keep"), torch.Tensor):
+        kwargs["logits_to_keep"] = min(kwargs.get("logits_to_keep") or keep, keep)
+
+
+def _overwrite(model, layer, block, args, kwargs):
+    """Before block `layer`: its own states take the place of what came out of the block below."""
+    virtual = model.virtual_tokens
+    cache = next((v for v in (*args, *kwargs.values()) if isinstance(v, Cache)), None)
+    if virtual.place != "hidden" or (cache is not None and cache.get_seq_length(layer)):
+        return None  # folded, or these positions are in the cache
+    hidden = hidden_of(args, kwargs)  # (batch, n + seq, hidden)
+    states = virtual(layer).to(hidden).expand(len(hidden), -1, -1)  # (batch, n, hidden)
+    return with_hidden(args, kwargs, torch.cat([states, hidden[:, states.shape[1] :]], 1))
 
 
 def _filled(model, cache, keys_values, batch):
     """A cache of the virtual keys and values (layers, 2, kv_heads, n, head_dim) for each row."""
     cache = DynamicCache() if cache is None else cache
-    for i, (keys, values) in enumerate(keys_values.to(model.dtype)):
-        keys, values = (t.expand(batch, -1, -1, -1) for t in (keys, values))
+    stack = blocks(model)
+    for i, both in enumerate(keys_values.to(model.dtype)):
+        device = next(stack[i].parameters()).device  # a model may be split over several
+        keys, values = (t.to(device).expand(batch, -1, -1, -1) for t in both)
         DynamicCache.update(cache, keys, values, i)  # (batch, kv_heads, n, head_dim) each
     if model.training and torch.is_grad_enabled() and _checkpoints(model):
         cache.__class__ = CheckpointedCache
@@ -209,8 +321,9 @@ def _fetch_again(model, layer, name, attention, args, kwargs):
     if given is not None and not isinstance(given, CheckpointedCache):
         return None
     # From the parameters anew, so that the recomputed block has them in its own piece of graph.
-    keys_values = model.virtual_tokens(layer).to(model.dtype)  # (2, kv_heads, n, head_dim)
-    batch = next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)).shape[0]
+    hidden = next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
+    keys_values = model.virtual_tokens(layer).to(hidden.device, model.dtype)
+    batch = hidden.shape[0]
     cache = DynamicCache()
     DynamicCache.update(cache, *(t.expand(batch, -1, -1, -1) for t in keys_values), layer)
     return args, kwargs | {name: cache}
@@ -220,7 +333,7 @@ def _cut(model, args, kwargs, output):
     """After the forward: leave out what the model gave for virtual positions."""
     if isinstance(output, tuple):
         raise ValueError("Virtual tokens need return_dict=True, which is the default.")
-    if kwargs.get("inputs_embeds") is not None and model.virtual_tokens.place == "front":
+    if kwargs.get("inputs_embeds") is not None and model.virtual_tokens.place in LONGER:
         seq = kwargs["inputs_embeds"].shape[1] - model.virtual_tokens.num_virtual_tokens
         output.logits = output.logits[:, -seq:]  # (batch, seq or logits_to_keep, vocab)
         if output.hidden_states is not None:
@@ -235,15 +348,13 @@ def _cut(model, args, kwargs, output):
 
 
 def key_value_shape(model):
-    """(layers, kv_heads, head_dim) of the cache. Grouped-query attention has kv_heads < heads."""
-    config = model.config
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    return (
-        len(blocks(model)),
-        kv_heads,
-        (getattr(config, "head_dim", None) or config.hidden_size // heads),
-    )
+    """(layers, kv_heads, head_dim) of the cache, read off the cache that one token leaves.
+
+    Grouped-query attention has fewer kv_heads than heads. Raises ValueError for a model that keeps
+    no keys and values, or not of one shape.
+    """
+    with refusing(model):
+        return cache_shape(model, trial_words(model)[None, :1])
 
 
 def per_layer(table, shape):
@@ -261,12 +372,12 @@ def table_of_cache(model, input_ids, n):
     if input_ids.is_meta:  # a model without numbers has none to read
         layers, kv_heads, head_dim = key_value_shape(model)
         return torch.empty(n, layers * 2 * kv_heads * head_dim, **place_of(model))
-    was_training = model.training
     mask = torch.ones_like(input_ids)
-    output = model.eval()(input_ids=input_ids, attention_mask=mask, use_cache=True)
-    model.train(was_training)
-    layers = (getattr(output, "cache", None) or output.past_key_values).layers
-    both = [torch.stack([layer.keys[0, :, :n], layer.values[0, :, :n]]) for layer in layers]
+    with evaluating(model):
+        output = model(input_ids=input_ids, attention_mask=mask, use_cache=True)
+    layers = cache_in(output)[1].layers
+    device = place_of(model)["device"]
+    both = [torch.stack([x.keys[0, :, :n], x.values[0, :, :n]]).to(device) for x in layers]
     table = torch.stack(both).permute(3, 0, 1, 2, 4).flatten(1)  # (n, layers * 2 * kv)
     return table.to(place_of(model)["dtype"])
 

@@ -8,8 +8,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from soft import IN_PEFT, METHODS, NAMES, N, as_peft, batch_of, close, trainables, tuned
-from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainingArguments
+from soft import (
+    IN_PEFT,
+    METHODS,
+    NAMES,
+    N,
+    as_peft,
+    batch_of,
+    close,
+    trainables,
+    tuned,
+)
+from transformers import (
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from minipeft import (
     Collator,
@@ -297,15 +314,37 @@ def test_a_static_cache_is_refused(method):
         model.generate(**batch, max_new_tokens=4, cache_implementation="static")
 
 
-@EACH
-def test_sliding_windows_are_refused_by_name(method):
+def windowed(layers):
+    """A Qwen2 whose upper two of `layers` see four tokens back."""
     config = Qwen2Config(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, vocab_size=261, use_sliding_window=True, sliding_window=4,
-        max_window_layers=1,
+        max_window_layers=layers - 2,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="Qwen2ForCausalLM has layers of sliding_attention"):
-        METHODS[method](Qwen2ForCausalLM(config))
+    return Qwen2ForCausalLM(config).eval()
+
+
+def declared_elsewhere():
+    config = MistralConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=261, sliding_window=4,
+    )  # fmt: skip
+    return MistralForCausalLM(config).eval()
+
+
+@EACH
+def test_a_window_that_hides_virtual_tokens_is_found_on_adding(method):
+    """It is tried, not read: Mistral and Phi-3 declare theirs elsewhere than in layer_types."""
+    for model in (windowed(3), declared_elsewhere()):
+        before = {name: p.clone() for name, p in model.state_dict().items()}
+        if method == "template":  # which has its virtual tokens in the text, as words are
+            METHODS[method](model)
+            continue
+        with pytest.raises(ValueError, match="ForCausalLM .* longer than its window"):
+            METHODS[method](model)
+        assert model.state_dict().keys() == before.keys() and not model._forward_pre_hooks
+        assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+        assert all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "template"])

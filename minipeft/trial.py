@@ -1,0 +1,359 @@
+"""Try once, on adding, what virtual tokens promise: a few tokens through the model tell.
+
+A configuration can name its window, its positions or its heads in ways that nobody foresaw. The
+model itself cannot: virtual tokens that hold the vectors of typed words must do what the words do.
+What fails here is refused by name, and `technique.adding` leaves the model as it was.
+"""
+
+import inspect
+from functools import partial
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from minipeft.batching import position_ids_from_mask
+from minipeft.freezing import blocks
+from minipeft.technique import evaluating, has_numbers
+
+CACHES = ("past_key_values", "cache", "cache_params")  # of the same thing in transformers
+WINDOWS = ("window", "chunk", "local", "span")  # parts of names under which a window is declared
+N, LENGTH = 2, 4  # virtual tokens and tokens of text in a trial
+SIDES = ("right", "left")
+
+
+def asked(model, **inputs):
+    """The model's output. One on the meta device cannot run: then fake tensors tell the shapes."""
+    if not next(model.parameters()).is_meta:
+        return model(**inputs)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+        fakes = {name: torch.empty_like(t, device="cpu") for name, t in tensors.items()}
+        inputs = {k: v.new_ones(v.shape, device="cpu") if torch.is_tensor(v) else v
+                  for k, v in inputs.items()}  # fmt: skip
+        return functional_call(model, fakes, (), inputs)
+
+
+class Given(nn.Module):
+    """Virtual tokens of given vectors: (n, hidden), or (layers, ...) for those of every layer."""
+
+    def __init__(self, vectors, place, n=N):
+        super().__init__()
+        self.vectors, self.place, self.num_virtual_tokens = vectors, place, n
+
+    def forward(self, layer=None):
+        if layer is None and self.place == "hidden":
+            layer = 0
+        return self.vectors if layer is None else self.vectors[layer]
+
+
+def close(found, expected, effect=0.0):
+    """Are two outputs equal to rounding? In half precision an error is judged by `effect`, the size
+    of what the virtual tokens change."""
+    tolerance = {torch.float64: 1e-7, torch.float32: 1e-4}.get(found.dtype, 0.05)
+    found, expected = found.double(), expected.double()
+    allowed = tolerance * expected.norm() + (0.25 * effect if tolerance == 0.05 else 0)
+    return bool((found - expected).norm() <= allowed)  # False for NaN
+
+
+def output_of(model, **inputs):
+    """What a model gives for each position: logits, or the last states of one without a
+    language-model head, (batch, seq, ...)."""
+    if model.get_output_embeddings() is not None:
+        return model(**inputs).logits
+    return model(**inputs, output_hidden_states=True).hidden_states[-1]
+
+
+def takes(model, name):
+    """Has the model's forward an argument of this name?"""
+    return name in inspect.signature(model.forward).parameters
+
+
+def embedded(model, ids):
+    """The vectors that enter the model for token ids, (..., hidden): what the module gives, which
+    is not always a row of its weight."""
+    return model.get_input_embeddings()(ids)
+
+
+class _Lookups(TorchFunctionMode):
+    """Remembers which rows of which table are looked up."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.nn.functional.embedding, torch.embedding):
+            ids, table = args[:2] if func is nn.functional.embedding else args[1::-1]
+            self.seen.append((ids, len(table)))
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def positions_of(model, ids):
+    """(first, limit): the number that this model gives to the first position, and how many it has.
+
+    first is None for a model that takes no position_ids; limit is None if no table ends.
+    ids: (1, 3 or more). Raises ValueError if the model does not count by ones.
+    """
+    if not has_numbers(model):
+        return (0 if takes(model, "position_ids") else None), None
+    count = torch.arange(ids.shape[1], device=ids.device)
+    with evaluating(model), _Lookups() as lookups:
+        plain = output_of(model, input_ids=ids)
+    tables = [
+        (int(rows.flatten()[0]), size)
+        for rows, size in lookups.seen
+        if rows.numel() == len(count) and torch.equal(rows.flatten().diff(), count[1:] * 0 + 1)
+        and not torch.equal(rows.flatten(), ids.flatten())
+    ]  # fmt: skip
+    limit = min((size - first for first, size in tables), default=None)
+    if not takes(model, "position_ids"):
+        return None, limit
+    with evaluating(model):
+        for first in (0, *(first for first, _ in tables)):
+            try:
+                given = output_of(model, input_ids=ids, position_ids=(first + count)[None])
+            except (IndexError, RuntimeError):
+                continue
+            if close(given, plain):
+                return first, limit
+    raise ValueError("it counts its positions in a way of its own")
+
+
+@torch.no_grad()
+def keeps_cache(model, ids):
+    """Does the model hand out a cache of any kind?"""
+    with evaluating(model):
+        return cache_in(asked(model, input_ids=ids, use_cache=True))[1] is not None
+
+
+@torch.no_grad()
+def cache_shape(model, ids):
+    """(layers, kv_heads, head_dim) of the cache that one token leaves. ids: (1, 1).
+
+    Raises ValueError if there is no cache of keys and values of one shape for every block.
+    """
+    with evaluating(model):
+        output = asked(model, input_ids=ids, use_cache=True)
+    layers = getattr(cache_in(output)[1], "layers", [])
+    if not layers or not all(map(_is_full, layers)):
+        raise ValueError("not each of its layers keeps keys and values in a cache")
+    shapes = {(layer.keys.shape, layer.values.shape) for layer in layers}
+    (keys, values), *others = shapes
+    if others or keys != values:
+        raise ValueError("the keys and values of its layers have different shapes")
+    if len(layers) != len(blocks(model)):
+        raise ValueError(f"it has {len(blocks(model))} blocks and a cache of {len(layers)} layers")
+    return len(layers), keys[1], keys[3]
+
+
+@torch.no_grad()
+def states_of(model, n, **inputs):
+    """What enters each block at the first n positions: (layers, n, hidden)."""
+    states, handles = [], []
+
+    def remember(block, args, kwargs):
+        states.append(hidden_of(args, kwargs)[0, :n])
+
+    for block in blocks(model):
+        handles.append(block.register_forward_pre_hook(remember, with_kwargs=True))
+    try:
+        with evaluating(model):
+            asked(model, **inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.stack(states)
+
+
+def hidden_of(args, kwargs):
+    """The hidden states among the arguments of a block: (batch, seq, hidden)."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def with_hidden(args, kwargs, hidden):
+    """The arguments of a block with other hidden states."""
+    return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
+
+def cache_in(values):
+    """(name, cache) of the one cache among named inputs or outputs, or (None, None)."""
+    return next(((k, values[k]) for k in CACHES if values.get(k) is not None), (None, None))
+
+
+class Trial:
+    """What the plain model does with a few tokens, to hold the tuned one against it.
+
+        trial = Trial(model, place, words, first, limit)    # before any hook
+        ...                                                 # hooks, model.virtual_tokens
+        trial.check(model)                                  # ValueError if a promise is not kept
+
+    words: ids of ordinary tokens, (N + LENGTH,). first, limit: as `positions_of` gives them.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model, place, words, first, limit):
+        self.first, self.limit, self.words = first, limit, None
+        typed, self.text = words[None, :N], words[None, N:]  # (1, n), (1, seq)
+        both = torch.cat([typed, self.text], 1)  # (1, n + seq)
+        with evaluating(model):
+            self.plain = output_of(model, input_ids=both)[:, N:]  # (1, seq, ...)
+            self.effect = (self.plain - output_of(model, input_ids=self.text)).double().norm()
+            self.sides = [side for side in SIDES if self._kept(self._padded, model, side)]
+            self.goes_on = self._kept(self._continued, model)
+            if place == "cache":  # what the typed words leave there
+                layers = cache_in(model(input_ids=typed, use_cache=True))[1].layers
+                vectors = torch.stack([torch.stack([x.keys[0], x.values[0]]) for x in layers])
+            elif place == "hidden":
+                vectors = states_of(model, N, input_ids=both)
+            else:
+                vectors = embedded(model, typed)[0]
+        self.words = Given(vectors, place)
+
+    @torch.no_grad()
+    def check(self, model):
+        """Put the typed words where the virtual tokens stand: they must do what words do."""
+        own = model.virtual_tokens
+        self.words.placeholder_id = getattr(own, "placeholder_id", None)
+        model.virtual_tokens = self.words
+        try:
+            with evaluating(model):
+                found = output_of(model, input_ids=self._row(self.text))[:, -LENGTH:]
+                if not close(found, self.plain, self.effect):
+                    raise ValueError("with the vectors of words they do not do what the words do")
+                if own.place != "template" and not self._reaches(model):
+                    raise ValueError("a text longer than its window would not see them")
+                for side in self.sides:
+                    if not self._padded(model, side):
+                        raise ValueError(f"padding on the {side} would change what they do")
+                if self.goes_on and not self._continued(model):
+                    raise ValueError("going on from its cache would change what they do")
+        finally:
+            model.virtual_tokens = own
+
+    def _kept(self, promise, *args):
+        """Does the plain model keep it? What it cannot do is not asked of the tuned one."""
+        try:
+            return promise(*args)
+        except Exception:  # whatever stops the plain model would stop the tuned one too
+            return False
+
+    def _row(self, text):
+        """A text (1, seq) as the tuned model is given it: a template has its placeholders."""
+        if self.words is None or self.words.place != "template":
+            return text
+        return torch.cat([text.new_full((1, N), self.words.placeholder_id), text], 1)
+
+    def _padded(self, model, side):
+        """Is a short row beside a long one what it is alone?"""
+        long, short = self._row(self.text), self._row(self.text[:, :2])
+        room = long.shape[1] - short.shape[1]
+        padding = long.new_full((1, room), getattr(model.config, "pad_token_id", None) or 0)
+        masks = torch.ones_like(short), torch.zeros_like(padding)
+        order = 1 if side == "right" else -1
+        ids = torch.cat([long, torch.cat((short, padding)[::order], 1)])  # (2, seq)
+        mask = torch.cat([torch.ones_like(long), torch.cat(masks[::order], 1)])  # (2, seq)
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if self.first is not None and not hasattr(model, "virtual_tokens"):
+            inputs["position_ids"] = self.first + position_ids_from_mask(mask)
+        together = output_of(model, **inputs)[1][mask[1].bool()]
+        return close(together, output_of(model, input_ids=short)[0], self.effect)
+
+    def _continued(self, model):
+        """Does the last token, after a cache of the others, get what it gets in the whole text?"""
+        text = self._row(self.text)
+        mask = torch.ones_like(text)
+        name, cache = cache_in(model(input_ids=text[:, :-1], use_cache=True))
+        if name is None:
+            return False
+        last = output_of(model, input_ids=text[:, -1:], attention_mask=mask, **{name: cache})
+        return close(last, output_of(model, input_ids=text)[:, -1:], self.effect)
+
+    def _reaches(self, model):
+        """Does a token far away see the virtual tokens, in each layer?
+
+        Keys and values are put into its cache in their place, and there alone they differ between
+        two runs, in which each block is given the same states.
+        """
+        cache_name, cache = cache_in(model(input_ids=self.text[:, :1], use_cache=True))
+        layers = getattr(cache, "layers", [])
+        if not layers or any(not _is_full(layer) for layer in layers):
+            return True  # recurrent layers have no window
+        far = self._beyond_windows(model)
+        mask = self.text.new_ones(1, far + 1)
+        states, found = {}, []
+
+        def same(i, block, args, kwargs):
+            states.setdefault(i, hidden_of(args, kwargs))
+            return with_hidden(args, kwargs, states[i])
+
+        def remember(block, args, output):
+            found.append(output[0] if isinstance(output, tuple) else output)
+
+        handles = []
+        for i, block in enumerate(blocks(model)):
+            handles.append(block.register_forward_pre_hook(partial(same, i), with_kwargs=True))
+            handles.append(block.register_forward_hook(remember))
+        try:
+            for sign in (1, -1):
+                filled, made = DynamicCache(), {}
+                for layer in layers:  # one layer serves all that are alike
+                    like = (layer.keys.shape, layer.values.shape, layer.keys.device)
+                    made.setdefault(like, _Far(layer, far, sign))
+                    filled.layers.append(made[like])
+                model(input_ids=self.text[:, :1], attention_mask=mask, **{cache_name: filled})
+        finally:
+            for handle in handles:
+                handle.remove()
+        count = len(found) // 2
+        pairs = zip(found[:count], found[count:], strict=True)
+        return not any(torch.equal(*pair) for pair in pairs)
+
+    def _beyond_windows(self, model):
+        """More tokens than any window that the configuration hints at, but no more than fit."""
+        limits = [_number(model.config, "max_position_embeddings"), self.limit]
+        far = max([64, *(size + 1 for size in _windows(model.config.to_dict()))])
+        return max(1, min([far, *(limit - N - 1 for limit in limits if limit)]))
+
+
+class _Far(DynamicLayer):
+    """A cache layer of N positions that matter and `far` that do not; it does not grow."""
+
+    _layer_type = None  # transformers keeps a list of layers by type: this is for nobody else
+
+    def __init__(self, like, far, sign):
+        super().__init__()
+        batch, kv_heads, _, width = like.keys.shape
+        self.lazy_initialization(like.keys, like.values)
+        self.keys = like.keys.new_zeros(batch, kv_heads, N + far, width)
+        self.values = like.values.new_zeros(*like.values.shape[:2], N + far, like.values.shape[-1])
+        self.values[:, :, :N] = sign * min(far, 10_000)  # a weight of about 1/far times far
+
+    def update(self, keys, values, *args, **kwargs):
+        return torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
+
+
+def _is_full(layer):
+    return isinstance(layer, DynamicLayer) and getattr(layer, "keys", None) is not None
+
+
+def _number(config, name):
+    value = getattr(config.get_text_config(), name, None)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _windows(settings, named=False):
+    """Whole numbers of a configuration, at any depth, whose name tells of a window."""
+    if isinstance(settings, dict):
+        for name, value in settings.items():
+            yield from _windows(value, named or any(part in str(name) for part in WINDOWS))
+    elif isinstance(settings, list | tuple):
+        for value in settings:
+            yield from _windows(value, named)
+    elif named and isinstance(settings, int) and not isinstance(settings, bool):
+        yield settings
