@@ -56,8 +56,8 @@ class HiddenStates(nn.Module):
         self.num_virtual_tokens = weight.shape[1]
         self.weight = nn.Parameter(weight)
 
-    def forward(self, layer=0):
-        return self.weight[layer]  # (n, hidden); layer 0 also holds the place at the embeddings
+    def forward(self, layer):
+        return self.weight[layer]  # (n, hidden)
 
 
 def add_p_tuning_v2(model, num_virtual_tokens=10, form="key_value"):

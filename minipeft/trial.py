@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+from torch.nn.functional import pad
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -21,6 +22,7 @@ from minipeft.freezing import blocks
 from minipeft.technique import evaluating, has_numbers
 
 CACHES = ("past_key_values", "cache", "cache_params")  # of the same thing in transformers
+LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 WINDOWS = ("window", "chunk", "local", "span")  # parts of names under which a window is declared
 N, LENGTH = 2, 4  # virtual tokens and tokens of text in a trial
 SIDES = ("right", "left")
@@ -46,8 +48,6 @@ class Given(nn.Module):
         self.vectors, self.place, self.num_virtual_tokens = vectors, place, n
 
     def forward(self, layer=None):
-        if layer is None and self.place == "hidden":
-            layer = 0
         return self.vectors if layer is None else self.vectors[layer]
 
 
@@ -203,9 +203,11 @@ class Trial:
         both = torch.cat([typed, self.text], 1)  # (1, n + seq)
         with evaluating(model):
             self.plain = output_of(model, input_ids=both)[:, N:]  # (1, seq, ...)
-            self.effect = (self.plain - output_of(model, input_ids=self.text)).double().norm()
-            self.sides = [side for side in SIDES if self._kept(self._padded, model, side)]
-            self.goes_on = self._kept(self._continued, model)
+            without = output_of(model, input_ids=self.text)
+            self.effect = (self.plain - without).double().norm()
+            self.sides, self.layers = SIDES, []
+            self.sides = self._kept(self._padded, model) or ()
+            self.goes_on = self._kept(self._continued, model, without)
             if place == "cache":  # what the typed words leave there
                 layers = cache_in(model(input_ids=typed, use_cache=True))[1].layers
                 vectors = torch.stack([torch.stack([x.keys[0], x.values[0]]) for x in layers])
@@ -223,15 +225,15 @@ class Trial:
         model.virtual_tokens = self.words
         try:
             with evaluating(model):
-                found = output_of(model, input_ids=self._row(self.text))[:, -LENGTH:]
-                if not close(found, self.plain, self.effect):
+                whole = output_of(model, input_ids=self._row(self.text))
+                if not close(whole[:, -LENGTH:], self.plain, self.effect):
                     raise ValueError("with the vectors of words they do not do what the words do")
                 if own.place != "template" and not self._reaches(model):
                     raise ValueError("a text longer than its window would not see them")
-                for side in self.sides:
-                    if not self._padded(model, side):
-                        raise ValueError(f"padding on the {side} would change what they do")
-                if self.goes_on and not self._continued(model):
+                lost = [side for side in self.sides if side not in self._padded(model)]
+                if lost:
+                    raise ValueError(f"padding on the {lost[0]} would change what they do")
+                if self.goes_on and not self._continued(model, whole):
                     raise ValueError("going on from its cache would change what they do")
         finally:
             model.virtual_tokens = own
@@ -249,30 +251,33 @@ class Trial:
             return text
         return torch.cat([text.new_full((1, N), self.words.placeholder_id), text], 1)
 
-    def _padded(self, model, side):
-        """Is a short row beside a long one what it is alone?"""
+    def _padded(self, model):
+        """The sides on which padding leaves a short row, beside a long one, what it is alone."""
         long, short = self._row(self.text), self._row(self.text[:, :2])
         room = long.shape[1] - short.shape[1]
-        padding = long.new_full((1, room), getattr(model.config, "pad_token_id", None) or 0)
-        masks = torch.ones_like(short), torch.zeros_like(padding)
-        order = 1 if side == "right" else -1
-        ids = torch.cat([long, torch.cat((short, padding)[::order], 1)])  # (2, seq)
-        mask = torch.cat([torch.ones_like(long), torch.cat(masks[::order], 1)])  # (2, seq)
+        token = getattr(model.config, "pad_token_id", None) or 0
+        right = pad(short, (0, room), value=token), pad(torch.ones_like(short), (0, room))
+        left = pad(short, (room, 0), value=token), pad(torch.ones_like(short), (room, 0))
+        rows = {"long": (long, torch.ones_like(long)), "right": right, "left": left}
+        rows = {name: rows[name] for name in ("long", *self.sides)}
+        ids, mask = (torch.cat(tensors) for tensors in zip(*rows.values(), strict=True))  # (3, seq)
         inputs = {"input_ids": ids, "attention_mask": mask}
         if self.first is not None and not hasattr(model, "virtual_tokens"):
             inputs["position_ids"] = self.first + position_ids_from_mask(mask)
-        together = output_of(model, **inputs)[1][mask[1].bool()]
-        return close(together, output_of(model, input_ids=short)[0], self.effect)
+        together = dict(zip(rows, output_of(model, **inputs), strict=True))
+        alone = output_of(model, input_ids=short)[0]
+        real = {"right": slice(None, short.shape[1]), "left": slice(room, None)}
+        return [x for x in self.sides if close(together[x][real[x]], alone, self.effect)]
 
-    def _continued(self, model):
+    def _continued(self, model, whole):
         """Does the last token, after a cache of the others, get what it gets in the whole text?"""
         text = self._row(self.text)
-        mask = torch.ones_like(text)
         name, cache = cache_in(model(input_ids=text[:, :-1], use_cache=True))
         if name is None:
             return False
-        last = output_of(model, input_ids=text[:, -1:], attention_mask=mask, **{name: cache})
-        return close(last, output_of(model, input_ids=text)[:, -1:], self.effect)
+        self.name, self.layers = name, list(getattr(cache, "layers", []))
+        inputs = {"input_ids": text[:, -1:], "attention_mask": torch.ones_like(text), name: cache}
+        return close(output_of(model, **inputs), whole[:, -1:], self.effect)
 
     def _reaches(self, model):
         """Does a token far away see the virtual tokens, in each layer?
@@ -280,9 +285,7 @@ class Trial:
         Keys and values are put into its cache in their place, and there alone they differ between
         two runs, in which each block is given the same states.
         """
-        cache_name, cache = cache_in(model(input_ids=self.text[:, :1], use_cache=True))
-        layers = getattr(cache, "layers", [])
-        if not layers or any(not _is_full(layer) for layer in layers):
+        if not self.layers or not all(map(_is_full, self.layers)):
             return True  # recurrent layers have no window
         far = self._beyond_windows(model)
         mask = self.text.new_ones(1, far + 1)
@@ -302,11 +305,11 @@ class Trial:
         try:
             for sign in (1, -1):
                 filled, made = DynamicCache(), {}
-                for layer in layers:  # one layer serves all that are alike
+                for layer in self.layers:  # one layer serves all that are alike
                     like = (layer.keys.shape, layer.values.shape, layer.keys.device)
                     made.setdefault(like, _Far(layer, far, sign))
                     filled.layers.append(made[like])
-                model(input_ids=self.text[:, :1], attention_mask=mask, **{cache_name: filled})
+                model(input_ids=self.text[:, :1], attention_mask=mask, **{self.name: filled})
         finally:
             for handle in handles:
                 handle.remove()
@@ -316,7 +319,7 @@ class Trial:
 
     def _beyond_windows(self, model):
         """More tokens than any window that the configuration hints at, but no more than fit."""
-        limits = [_number(model.config, "max_position_embeddings"), self.limit]
+        limits = [self.limit, *(_number(model.config, name) for name in LENGTHS)]
         far = max([64, *(size + 1 for size in _windows(model.config.to_dict()))])
         return max(1, min([far, *(limit - N - 1 for limit in limits if limit)]))
 

@@ -185,7 +185,10 @@ def _lengthen(first, limit, model, args, kwargs):
     _extend_positions(model, kwargs, first, n, n * front, text)
     if front:
         embeds = embedded(model, ids) if embeds is None else embeds
-        vectors = virtual().to(embeds).expand(batch, -1, -1)  # (batch, n, hidden)
+        if virtual.place == "front":
+            vectors = virtual().to(embeds).expand(batch, -1, -1)  # (batch, n, hidden)
+        else:  # these hold the place until the first block
+            vectors = embeds.new_zeros(batch, n, embeds.shape[-1])
         kwargs["inputs_embeds"] = torch.cat([vectors, embeds], 1)  # (batch, n + seq, hidden)
         kwargs["input_ids"] = None
         if kwargs.get("token_type_ids") is not None:

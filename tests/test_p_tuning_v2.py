@@ -194,7 +194,7 @@ def test_bad_input_is_refused_and_the_model_left_alone():
     with pytest.raises(ValueError, match="form='keys' is none of 'key_value', 'hidden'"):
         add_p_tuning_v2(model, form="keys")
     assert all(p.requires_grad for p in model.parameters())
-    with pytest.raises(ValueError, match="LlamaForSequenceClassification finds the last token"):
+    with pytest.raises(ValueError, match="looks for the first or last token"):
         add_p_tuning_v2(classifier("tiny-llama"), form="hidden")
     for other in ("hidden", "key_value"):
         causal = tuned("tiny-llama", other, torch.float32)
