@@ -94,3 +94,21 @@ def as_peft(model, name, method, dtype=torch.float64, n=N):
 
 def close(a, b, relative=1e-6):
     return (a - b).norm() <= relative * b.norm()
+
+
+def traces(model):
+    """All that a technique could leave on a model: modules, parameters, hooks, attributes."""
+    found = {}
+    for name, module in model.named_modules():
+        attributes = vars(module)
+        found[name] = (
+            type(module),
+            module.training,
+            set(attributes),
+            {k: len(v) for k, v in attributes.items() if isinstance(v, dict)},
+        )
+    parameters = {
+        name: (id(p), p.data_ptr(), p.dtype, p.requires_grad, p.grad is None, p.sum().item())
+        for name, p in model.named_parameters()
+    }
+    return found, parameters

@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from soft import METHODS as SOFT
+from soft import traces
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -19,24 +20,6 @@ from minipeft.technique import adding, evaluating, freeze_base, heads
 
 METHODS = SOFT | {"lora": add_lora, "adapters": add_adapters}
 EACH = pytest.mark.parametrize("method", METHODS)
-
-
-def traces(model):
-    """All that a technique could leave on a model: modules, parameters, hooks, attributes."""
-    found = {}
-    for name, module in model.named_modules():
-        attributes = vars(module)
-        found[name] = (
-            type(module),
-            module.training,
-            set(attributes),
-            {k: len(v) for k, v in attributes.items() if isinstance(v, dict)},
-        )
-    parameters = {
-        name: (id(p), p.data_ptr(), p.dtype, p.requires_grad, p.grad is None, p.sum().item())
-        for name, p in model.named_parameters()
-    }
-    return found, parameters
 
 
 class Broken(torch.nn.Module):
