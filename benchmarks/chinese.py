@@ -126,7 +126,8 @@ def main():
                 options.out.with_name("chinese-samples.jsonl"), "a", encoding="utf-8"
             ) as file:
                 for sample in samples:
-                    file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+                    where = {"device": common["device"]}
+                    file.write(json.dumps(where | sample, ensure_ascii=False) + "\n")
             print(
                 f"{method}, seed {seed}: {row['own_loss_per_char']} nats per character on our own"
             )

@@ -55,12 +55,13 @@ from minipeft import (
     load_dialogues,
     load_reviews,
     merge_lora,
+    pick_device,
     save_adapter,
     train,
 )
 from minipeft.freezing import only_head, only_last_blocks, only_norms
 from minipeft.memory import measure
-from this_machine import append_rows, rows_so_far, this_machine
+from this_machine import append_rows, rows_so_far, seconds, this_machine
 
 RESULTS = Path(__file__).resolve().parent / "results" / "choosing.csv"
 OTHERS = ("amazon", "editorials", "tweets")
@@ -171,12 +172,10 @@ def medians(contenders, rounds):
     """Seconds of the first over seconds of the second function; the median of the rounds."""
     found = []
     for number in range(rounds + 1):
-        seconds = {}
+        taken = {}
         for who in (0, 1) if number % 2 else (1, 0):
-            start = time.perf_counter()
-            contenders[who]()
-            seconds[who] = time.perf_counter() - start
-        found.append(seconds[0] / seconds[1])
+            taken[who] = seconds(contenders[who], pick_device())
+        found.append(taken[0] / taken[1])
     return f"{statistics.median(found[1:]):.3f}"  # the first round was the warm-up
 
 
@@ -184,6 +183,7 @@ def stepper(model, tokenizer, fill, rows):
     """A function that takes one training step on 8 reviews."""
     texts = [encode(tokenizer, fill(row["prompt"]), row["answer"]) for row in rows]
     batch = Collator(tokenizer.pad_token_id)(texts)
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=1e-5)
 

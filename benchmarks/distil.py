@@ -26,6 +26,7 @@ A run appends its rows to benchmarks/results/distil.csv when it is through, and 
 import argparse
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,6 +46,7 @@ from minipeft import (
     load_base,
     load_reviews,
     merge_lora,
+    pick_device,
     save_adapter,
     student_from_layers,
     train,
@@ -52,7 +54,7 @@ from minipeft import (
     unload_lora,
 )
 from minipeft.freezing import blocks
-from this_machine import append_rows, rows_so_far, this_machine
+from this_machine import append_rows, rows_so_far, seconds, this_machine
 
 RESULTS = Path(__file__).resolve().parent / "results" / "distil.csv"
 COLUMNS = """date device threads torch transformers route trained_blocks loss lr seed steps step
@@ -113,16 +115,12 @@ def ratios(student, teacher, tokenizer, prompts, rounds):
     def write(model):
         complete(model, tokenizer, prompts[:1], max_new_tokens=32, min_new_tokens=32)
 
-    medians = []
+    medians, device = [], pick_device()
     for work in (read, write):
         found = []
         for _ in range(rounds + 1):
-            seconds = []
-            for model in (teacher, student):
-                start = time.perf_counter()
-                work(model)
-                seconds.append(time.perf_counter() - start)
-            found.append(seconds[0] / seconds[1])
+            taken = [seconds(partial(work, model), device) for model in (teacher, student)]
+            found.append(taken[0] / taken[1])
         medians.append(statistics.median(found[1:]))  # the first round was the warm-up
     return medians
 
@@ -181,10 +179,10 @@ def run(route, last, loss, lr, seed, steps, teacher, tokenizer, encoded, test, r
             **loss_of(loss, teacher, len(keep)),
         ).train_loss
         trained += part
-        seconds = time.monotonic() - start
+        took = time.monotonic() - start
         judge()
         rows[-1]["train_loss"] = f"{statistics.mean(losses[-20:]):.4f}"
-        rows[-1]["seconds"] = f"{seconds:.0f}"
+        rows[-1]["seconds"] = f"{took:.0f}"
         read, write = ratios(model, teacher, tokenizer, test["prompt"][:32], rounds)
         rows[-1] |= {"read": f"{read:.3f}", "write": f"{write:.3f}"}
     return rows

@@ -18,7 +18,6 @@ CUDA it is the allocator's peak above what was there before the step.
 import argparse
 import csv
 import random
-import time
 import weakref
 from pathlib import Path
 
@@ -36,7 +35,7 @@ from minipeft import (
     load_base,
     pick_device,
 )
-from this_machine import this_machine
+from this_machine import seconds, this_machine
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -149,18 +148,6 @@ def peak_bytes(step, device):
     with PeakMemory() as memory:
         step()
     return memory.peak
-
-
-def seconds(step, device):
-    """Wall time of one step."""
-    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type)
-    if wait:
-        wait()
-    start = time.perf_counter()
-    step()
-    if wait:
-        wait()
-    return time.perf_counter() - start
 
 
 def median(values):

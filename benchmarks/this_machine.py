@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import time
 
 import torch
 import transformers
@@ -22,11 +23,25 @@ def this_machine():
 
 
 def rows_so_far(path):
-    """The rows of a CSV as dicts of strings; none if there is no such file yet."""
+    """The rows of a CSV that were measured on this device, as dicts of strings; none if there is
+    no such file yet. What another device did is not done here."""
     if not path.exists():
         return []
     with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+        device = this_machine()["device"]
+        return [row for row in csv.DictReader(file) if row["device"] == device]
+
+
+def seconds(work, device):
+    """Wall time of a function, until the device has done all of it, and nothing else."""
+    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type)
+    if wait:
+        wait()
+    start = time.perf_counter()
+    work()
+    if wait:
+        wait()
+    return time.perf_counter() - start
 
 
 def append_rows(path, columns, rows):

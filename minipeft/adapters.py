@@ -20,20 +20,21 @@ from transformers.pytorch_utils import Conv1D
 from minipeft.freezing import (
     at_least_float32,
     blocks,
-    freeze,
     refuse_other_shapes,
     refuse_size,
 )
+from minipeft.technique import adding, freeze_base, refuse_tuned, unchanged
 
 PEFT_TYPE = "MINIPEFT_ADAPTERS"  # HF peft has none of this kind, and refuses the name
 ACTIVATIONS = {"gelu": gelu, "relu": relu, "silu": silu}
 PLACEMENTS = {"houlsby": ("attention", "feed-forward"), "pfeiffer": ("feed-forward",)}
-# What the last layer of a part is called, whose output goes into the residual sum: Llama and Qwen2,
-# GPT-2, Bloom and GPT-NeoX.
+# What the last layer of a part is called, whose output goes into the residual sum: as in Llama,
+# GPT-2, Bloom, OPT, GPT-J, BERT and DistilBERT, and in whatever family takes over one of the names.
 LAST = {
-    "attention": ("o_proj", "c_proj", "dense"),
-    "feed-forward": ("down_proj", "c_proj", "dense_4h_to_h"),
-}
+    "attention": ("o_proj", "c_proj", "dense", "out_proj", "out_lin"),
+    "feed-forward": ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "output.dense",
+                     "lin2", "Wo"),
+}  # fmt: skip
 
 
 class Adapter(nn.Module):
@@ -57,6 +58,23 @@ class Adapter(nn.Module):
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
         self.train(base.training)  # a model in eval mode stays in it
+
+    # What a model may ask of the layer that stood here; one that computes with it is refused.
+    @property
+    def weight(self):
+        return self.base.weight
+
+    @property
+    def bias(self):
+        return self.base.bias
+
+    @property
+    def in_features(self):
+        return self.base.in_features
+
+    @property
+    def out_features(self):
+        return self.up.out_features
 
     def forward(self, x):
         h = self.base(x)  # (batch, seq, hidden)
@@ -85,29 +103,31 @@ def add_adapters(model, bottleneck=64, placement="houlsby", activation="gelu"):
     Dropout that the model has there, as GPT-2 and Bloom do, comes after the adapter.
     On a model that has adapters already, the new ones stand on the old ones, which are frozen with
     the base (MAD-X, Pfeiffer et al. 2020, section 3).
-    The trainables are float32, also on a half-precision base (float64 on a float64 one).
+    The trainables are float32, also on a half-precision base (float64 on a float64 one). The head
+    of a classifier is new, so it is trained too.
     Raises ValueError for a number below 1, an unknown word, a model with another technique, and one
-    in whose blocks the output projections are not found.
+    in whose blocks the output projections are not found, or are not called.
     """
-    _check(model, bottleneck, placement, activation)
-    found = _places(model, placement)
-    freeze(model)
-    for name, layer, place in found:
-        parent, _, last = name.rpartition(".")
-        adapter = Adapter(layer, model.config.hidden_size, bottleneck, activation, place)
-        setattr(model.get_submodule(parent), last, adapter)
-    model.minipeft_technique = "adapters"
+    _check(bottleneck, placement, activation)
     config = {"bottleneck": bottleneck, "placement": placement, "activation": activation}
-    model.adapter_configs = [*getattr(model, "adapter_configs", []), config]
+    with adding(model, "adapters", again=True), unchanged(model) as needed:
+        found = _places(model, placement)
+        freeze_base(model)
+        for name, layer, place in found:
+            parent, _, last = name.rpartition(".")
+            adapter = Adapter(layer, _width(layer), bottleneck, activation, place)
+            setattr(model.get_submodule(parent), last, adapter)
+            needed[name] = adapter
+        model.adapter_configs = [*getattr(model, "adapter_configs", []), config]
     return model
 
 
-def _check(model, bottleneck, placement, activation):
-    other = getattr(model, "minipeft_technique", None)
-    if other not in (None, "adapters"):
-        raise ValueError(
-            f"This model has {other} already, which adapters would freeze; load the base anew."
-        )
+def _width(layer):
+    """How wide the output of a projection is; Conv1D has its own name for it."""
+    return layer.nf if isinstance(layer, Conv1D) else layer.out_features
+
+
+def _check(bottleneck, placement, activation):
     refuse_size("bottleneck", bottleneck, "width")
     if placement not in list(PLACEMENTS):
         raise ValueError(f"placement={placement!r} is none of {', '.join(map(repr, PLACEMENTS))}.")
@@ -134,7 +154,8 @@ def _places(model, placement):
             fitting = [
                 module
                 for name, module in layers.items()
-                if name.split(".")[-1] in LAST[part] and ("att" in name) == (part == "attention")
+                if f".{name}".endswith(tuple(f".{last}" for last in LAST[part]))
+                and ("att" in name) == (part == "attention")
             ]
             if len(fitting) != 1:
                 raise ValueError(
@@ -147,6 +168,9 @@ def _places(model, placement):
 
 
 # ---- the folder format (checkpoints.py) ---------------------------------------------------------
+
+
+READS = dict.fromkeys(["bottleneck", "placement", "activation", "stands_on"])  # all looked at below
 
 
 def to_peft(model):
@@ -175,8 +199,10 @@ def from_peft(model, config, state):
 
     Raises ValueError if they do not fit, or were trained on top of more adapters or fewer.
     """
+    if getattr(model, "minipeft_technique", None) != "adapters":
+        refuse_tuned(model)
     settings = [config.get(key) for key in ("bottleneck", "placement", "activation")]
-    _check(model, *settings)
+    _check(*settings)
     present = len(getattr(model, "adapter_configs", []))
     if config.get("stands_on") != present:
         raise ValueError(
@@ -185,8 +211,8 @@ def from_peft(model, config, state):
         )
     expected = {
         f"{name}.{key}": shape
-        for name, *_ in _places(model, settings[1])
-        for key, shape in _shapes(model.config.hidden_size, settings[0]).items()
+        for name, layer, _ in _places(model, settings[1])
+        for key, shape in _shapes(_width(layer), settings[0]).items()
     }
     refuse_other_shapes(state, expected)
     add_adapters(model, *settings)

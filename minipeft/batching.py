@@ -1,31 +1,92 @@
 """From prompts and answers to batches: encode, mask the labels, cut, pad, group by length."""
 
+import os
 import random
+from collections.abc import Mapping
+from numbers import Integral
 
 import torch
+from torch.nn.functional import pad
+
+from minipeft.freezing import shown
 
 IGNORED = -100  # what torch's cross_entropy skips by default, and so what every model skips
 
 
-def _framed(tokenizer, text):
-    """The ids of a text and the special tokens that this tokenizer puts before one, such as BOS.
+def framed(tokenizer, prompt):
+    """(special tokens, such as BOS, that come before the prompt; its own ids), two lists of ids.
 
-    What it puts behind (some tokenizers append EOS) is left out: the answer is yet to come.
+    Training and answering see the same prompt, because `encode`, `classify` and `complete` all
+    frame it here. prompt: a text, or the messages of a chat, [{"role": ..., "content": ...}, ...],
+    which the tokenizer's chat template renders up to where the answer begins.
+    What the tokenizer puts before a text comes once, also where the text brings it already. A text
+    that a chat template wrote has all that it needs. What the tokenizer puts behind, such as EOS or
+    [SEP], is left out: the answer is yet to come.
+    Raises ValueError for a prompt that is neither, and messages that cannot be rendered.
     """
-    probe = tokenizer("a", add_special_tokens=False)["input_ids"]
-    framed = tokenizer("a")["input_ids"]
-    starts = range(len(framed) - len(probe) + 1)
-    before = next((i for i in starts if framed[i : i + len(probe)] == probe), 0)
-    return framed[:before], tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not callable(tokenizer):
+        raise ValueError(f"{shown(tokenizer)} is no tokenizer; load_base returns one.")
+    chat = isinstance(prompt, list | tuple)
+    if not chat and not isinstance(prompt, str):
+        raise ValueError(
+            f"{shown(prompt)} is no prompt; it must be text, or a list of messages with role and "
+            "content."
+        )
+    text = _rendered(tokenizer, prompt) if chat else prompt
+    before, ids = _split(tokenizer, text)
+    if not ids:
+        before, _ = _split(tokenizer, "a")  # around nothing, before and behind look the same
+        return before, ids
+    first = tokenizer.convert_ids_to_tokens(ids[0])
+    typed = text.lstrip().startswith(first)  # as special tokens are, but not what is unknown
+    brought = len(os.path.commonprefix([before, ids])) if typed else 0
+    template = str(getattr(tokenizer, "chat_template", None))
+    from_template = typed and ids[0] in tokenizer.added_tokens_decoder and first in template
+    if brought or chat or from_template:
+        return ids[:brought], ids[brought:]
+    return before, ids
+
+
+def _split(tokenizer, text):
+    """(special tokens put before the text, the ids of the text itself)."""
+    encoded = tokenizer(text, return_special_tokens_mask=True)
+    ids, added = encoded["input_ids"], encoded["special_tokens_mask"]
+    if 0 not in added:
+        return [], []
+    begin, end = added.index(0), len(added) - added[::-1].index(0)
+    return ids[:begin], ids[begin:end]
+
+
+def _rendered(tokenizer, messages):
+    """The text of a chat, up to where the answer begins."""
+    for message in messages or [None]:
+        keys = ("role", "content")
+        if not isinstance(message, Mapping) or not all(
+            isinstance(message.get(key), str) for key in keys
+        ):
+            raise ValueError(
+                f'{shown(message)} is no message; a chat is a list of {{"role": "user", "content": '
+                '"..."} with a text each.'
+            )
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("This tokenizer has no chat template; give the prompt as text.")
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # a template may refuse an order of roles
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"The chat template cannot render these messages: {reason}") from error
 
 
 def encode(tokenizer, prompt, answer=None, max_length=None, add_eos=True):
     """Turn a prompt and its answer into token ids and labels.
 
-    Both are tokenised apart and then joined. So the prompt's ids are the same with and without an
-    answer, as they must be: at inference the model sees the prompt alone. The labels are not
-    shifted, because the model does that itself. They are -100 over the whole prompt, and the
-    answer's ids after it; its last label is EOS, which is how a model learns to stop.
+    The prompt is a text or the messages of a chat (see `framed`), the answer a text. Both are
+    tokenised apart and then joined. So the prompt's ids are the same with and without an answer, as
+    they must be: at inference the model sees the prompt alone. The labels are not shifted, because
+    the model does that itself. They are -100 over the whole prompt, and the answer's ids after it;
+    its last label is EOS, which is how a model learns to stop.
 
     Longer than `max_length` tokens: first the beginning of the prompt is cut, since its end holds
     the cue for the answer (BOS and one prompt token stay); if that is not enough, the end of the
@@ -37,9 +98,11 @@ def encode(tokenizer, prompt, answer=None, max_length=None, add_eos=True):
     Raises ValueError for an empty answer, an empty prompt if the tokenizer adds no BOS, a
     tokenizer without EOS, and a `max_length` that has no room for prompt, answer and EOS.
     """
-    if not isinstance(prompt, str) or not isinstance(answer, str | None):
-        raise ValueError(f"Prompt and answer must be text; got {prompt!r:.40} and {answer!r:.40}.")
-    before, text = _framed(tokenizer, prompt)
+    if not isinstance(answer, str | None):
+        raise ValueError(f"An answer must be text, or None to have none; got {shown(answer)}.")
+    if not isinstance(add_eos, bool):
+        raise ValueError(f"add_eos={shown(add_eos)} is neither True nor False.")
+    before, text = framed(tokenizer, prompt)
     if not before and not text:
         raise ValueError(
             "The prompt is empty and this tokenizer adds no BOS, so no position could predict the "
@@ -64,10 +127,11 @@ def encode(tokenizer, prompt, answer=None, max_length=None, add_eos=True):
     cut = {"prompt": 0, "answer": 0}
     if max_length is not None:
         least = len(before) + min(1, len(text)) + min(1, len(reply)) + len(end)
-        if isinstance(max_length, bool | float) or max_length < least:
+        if not _is_whole_number(max_length) or max_length < least:
             raise ValueError(
-                f"max_length={max_length} is too short: the smallest row of this tokenizer, with "
-                f"a token each of prompt and answer and the special ones, has {least} tokens."
+                f"max_length={shown(max_length)} is too short or no whole number: the smallest row "
+                "of this tokenizer, with a token each of prompt and answer and the special ones, "
+                f"has {least} tokens."
             )
         room = max_length - len(before) - len(end)
         cut["prompt"] = max(0, min(len(text) + len(reply) - room, len(text) - 1))
@@ -81,12 +145,27 @@ def encode(tokenizer, prompt, answer=None, max_length=None, add_eos=True):
     return row
 
 
+def _is_whole_number(value):
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def position_ids_from_mask(attention_mask):
     """Number the real tokens of each row 0, 1, ... wherever the padding stands.
 
     attention_mask: (batch, seq), 1 for tokens, 0 for padding. Returns int64 (batch, seq). Padding
     gets the number of the token before it, or 0, so no position is beyond the model's table.
+    Raises ValueError for what is no such mask (its values are looked at on the CPU only, because on
+    a GPU the look would make the host wait).
     """
+    mask = attention_mask
+    fits = isinstance(mask, torch.Tensor) and not mask.is_floating_point() and mask.dim() > 0
+    if fits and type(mask) is torch.Tensor and mask.device.type == "cpu":
+        fits = bool(((mask == 0) | (mask == 1)).all())
+    if not fits:
+        raise ValueError(
+            "A mask is a tensor (batch, seq) of whole numbers, 1 for tokens and 0 for padding; got "
+            f"{shown(mask)}."
+        )
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)  # (batch, seq)
 
 
@@ -94,11 +173,16 @@ class Collator:
     """Pad encoded rows to the longest of them. For `DataLoader`, HF `Trainer` and `Batches`.
 
     Labels are padded with -100 by position. Nothing looks at the ids, so a pad token that equals
-    EOS does no harm: the real EOS keeps its label (claim 2). Keys other than input_ids and labels
-    are ignored. Values may be lists or tensors. Rows without labels give a batch without labels.
+    EOS does no harm: the real EOS keeps its label (claim 2). Values may be lists or tensors. Rows
+    without labels give a batch without labels. For a classifier of whole rows, each row has one
+    class number, or numbers for a regression or several labels. token_type_ids, where all rows
+    have them, are padded with 0; other keys are ignored.
 
     Returns int64 tensors (batch, seq): input_ids, attention_mask, labels, and position_ids if
-    asked for, which a left-padded model with learned positions needs (claim 1).
+    asked for. Labels of whole rows are int64 (batch,), or float32 (batch,) or (batch, labels).
+    position_ids begin at 0. A left-padded model with learned positions, such as GPT-2, needs them
+    (claim 1). A model that counts in a way of its own must not get them: OPT and RoBERTa find the
+    padding themselves.
     Raises ValueError if there is no pad token, and for rows that cannot be trained on.
     """
 
@@ -108,54 +192,128 @@ class Collator:
                 "There is no pad token. Pass tokenizer.eos_token_id: padding is masked by "
                 "position here, so the real EOS stays a target."
             )
+        if not _is_whole_number(pad_token_id) or pad_token_id < 0:
+            raise ValueError(
+                f"pad_token_id={shown(pad_token_id)} is no token id; pass a whole number."
+            )
         if padding_side not in ("left", "right"):
-            raise ValueError(f"padding_side={padding_side!r} is neither 'left' nor 'right'.")
+            raise ValueError(f"padding_side={shown(padding_side)} is neither 'left' nor 'right'.")
+        if not isinstance(position_ids, bool):
+            raise ValueError(f"position_ids={shown(position_ids)} is neither True nor False.")
         self.pad_token_id = pad_token_id
         self.padding_side = padding_side
         self.position_ids = position_ids
 
     def __call__(self, rows):
-        columns = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORED}
-        labelled = [row.get("labels") is not None for row in rows]
-        if not rows or any(labelled) != all(labelled):
-            raise ValueError("A batch needs rows, and labels in all of them or in none.")
-        filled = [self._checked(i, row, labelled[i]) for i, row in enumerate(rows)]
-        width = max(len(row["input_ids"]) for row in filled)
+        fill = {"input_ids": self.pad_token_id, "attention_mask": 0, "token_type_ids": 0,
+                "labels": IGNORED}  # fmt: skip
+        rows = _checked(rows)
+        width = max(len(row["input_ids"]) for row in rows)
         batch = {}
-        for name in filled[0]:
-            padded = []
-            for row in filled:
-                padding = [columns[name]] * (width - len(row[name]))
-                left = self.padding_side == "left"
-                padded.append(padding + row[name] if left else row[name] + padding)
-            batch[name] = torch.tensor(padded, dtype=torch.int64)  # (batch, seq)
+        for name in rows[0]:
+            values = [row[name] for row in rows]
+            if name == "labels" and _of_whole_rows(values):
+                dtype = torch.float32 if any(v.is_floating_point() for v in values) else torch.int64
+                batch[name] = torch.stack([v.to(dtype) for v in values])  # (batch,) or (batch, n)
+                continue
+            room = [(width - len(v), 0) if self.padding_side == "left" else (0, width - len(v))
+                    for v in values]  # fmt: skip
+            padded = [pad(v, r, value=fill[name]) for v, r in zip(values, room, strict=True)]
+            batch[name] = torch.stack(padded)  # (batch, seq)
         if self.position_ids:
             batch["position_ids"] = position_ids_from_mask(batch["attention_mask"])
         return batch
 
-    @staticmethod
-    def _checked(i, row, labelled):
-        """The row as lists, with its mask; refuses what would train wrong in silence."""
-        ids = torch.as_tensor(row["input_ids"]).tolist()
-        if not ids or 0 in torch.as_tensor(row.get("attention_mask", [1])).tolist():
+
+def _checked(rows):
+    """The rows as dicts of tensors, each with its mask; refuses what would train wrong in silence.
+
+    Of a row: input_ids, attention_mask, labels if all have them, token_type_ids if all have them.
+    """
+    if not isinstance(rows, list | tuple) or not rows:
+        raise ValueError(f"A batch needs rows, in a list; got {shown(rows)}.")
+    for i, row in enumerate(rows):
+        if not isinstance(row, Mapping) or "input_ids" not in row:
+            raise ValueError(f"Row {i} of the batch is {shown(row)}, without input_ids; encode it.")
+    present = {name: [row.get(name) is not None for row in rows]
+               for name in ("labels", "token_type_ids")}  # fmt: skip
+    for name, found in present.items():
+        if any(found) != all(found):
+            raise ValueError(f"A batch needs rows with {name} in all of them or in none.")
+    checked = [{"input_ids": _ids(i, row, "input_ids")} for i, row in enumerate(rows)]
+    for i, (row, new) in enumerate(zip(rows, checked, strict=True)):
+        ids, mask = new["input_ids"], row.get("attention_mask")
+        if not len(ids) or (mask is not None and 0 in _ids(i, row, "attention_mask")):
             raise ValueError(
                 f"Row {i} of the batch is empty or holds padding already. Give unpadded rows: "
                 "the collator pads them, and a row of nothing but padding has no meaning."
             )
-        checked = {"input_ids": ids, "attention_mask": [1] * len(ids)}
-        if labelled:
-            checked["labels"] = torch.as_tensor(row["labels"]).tolist()
-            if len(checked["labels"]) != len(ids):
-                raise ValueError(
-                    f"Row {i} of the batch has {len(ids)} input_ids but "
-                    f"{len(checked['labels'])} labels; they must be of one length."
-                )
-            if set(checked["labels"][1:]) <= {IGNORED}:
-                raise ValueError(
-                    f"Row {i} of the batch has no target: every label after the first is -100, so "
-                    "a loss would be 0/0 = NaN. Was the answer empty or cut off?"
-                )
-        return checked
+        new["attention_mask"] = torch.ones_like(ids)
+        if all(present["token_type_ids"]):
+            new["token_type_ids"] = _ids(i, row, "token_type_ids", ids)
+    if all(present["labels"]):
+        labels = [_tensor(i, row, "labels") for i, row in enumerate(rows)]
+        own = _of_whole_rows(labels)
+        for i, (row, new, mine) in enumerate(zip(rows, checked, labels, strict=True)):
+            if own:
+                _refuse_row_label(i, mine, labels[0])
+            else:
+                mine = _ids(i, row, "labels", new["input_ids"])
+                if set(mine[1:].tolist()) <= {IGNORED}:
+                    raise ValueError(
+                        f"Row {i} of the batch has no target: every label after the first is -100, "
+                        "so a loss would be 0/0 = NaN. Was the answer empty or cut off?"
+                    )
+            new["labels"] = mine
+    return checked
+
+
+def _tensor(i, row, name):
+    try:
+        value = torch.as_tensor(row[name])
+    except (TypeError, ValueError, RuntimeError):
+        value = None
+    if value is None or value.dtype == torch.bool or value.is_complex():
+        raise ValueError(f"Row {i} of the batch has {name} {shown(row[name])}; give whole numbers.")
+    return value
+
+
+def _ids(i, row, name, like=None):
+    """A value of a row as int64 (seq,), of the length of `like`; -100 is allowed in labels."""
+    value = _tensor(i, row, name)
+    if like is not None and value.dim() == 1 and len(value) != len(like):
+        raise ValueError(
+            f"Row {i} of the batch has {len(like)} input_ids but {len(value)} {name}; they must "
+            "be of one length."
+        )
+    empty = value.dim() == 1 and not len(value)
+    if not empty and (value.dim() != 1 or value.is_floating_point()):
+        raise ValueError(
+            f"Row {i} of the batch has {name} {tuple(value.shape)} of {value.dtype}; give one "
+            "list of whole numbers, (seq,)."
+        )
+    wrong = value < 0 if name != "labels" else (value < 0) & (value != IGNORED)
+    if wrong.any():
+        raise ValueError(
+            f"Row {i} of the batch has {int(value[wrong][0])} among its {name}, which is no token "
+            "id; -100 in labels is no target."
+        )
+    return value.long()
+
+
+def _of_whole_rows(labels):
+    """Are they labels of whole rows: a class number each, or numbers that are no whole ones?"""
+    return all(v.dim() == 0 or v.is_floating_point() and v.numel() for v in labels)
+
+
+def _refuse_row_label(i, label, first):
+    """A class number is 0 or more; numbers are finite, and as many in each row."""
+    fits = label.shape == first.shape and label.dim() <= 1 and label.isfinite().all()
+    if not fits or not (label.is_floating_point() or label >= 0):
+        raise ValueError(
+            f"Row {i} of the batch has labels {shown(label.tolist())}; a class is a whole number "
+            "from 0 on, and other labels of rows are finite numbers, as many in each row."
+        )
 
 
 class Batches:
@@ -166,16 +324,35 @@ class Batches:
     group_by_length: shuffle, sort by length within windows of 50 batches, then shuffle the
     batches. Rows of like length meet, so less is padded, and the order stays random. Without
     `shuffle` the rows come in the order given, or, grouped, from the shortest to the longest.
+    Raises ValueError for what cannot be put in batches.
     """
 
     def __init__(self, rows, collate, batch_size, seed=0, group_by_length=False, shuffle=True):
-        if isinstance(batch_size, bool | float) or batch_size < 1 or len(rows) == 0:
-            raise ValueError(f"{len(rows)} rows do not go into batches of {batch_size} rows.")
+        if isinstance(rows, Mapping | str) or not all(
+            hasattr(rows, name) for name in ("__len__", "__getitem__")
+        ):
+            raise ValueError(
+                f"Rows are a list of encoded rows, or one split of a data set; got {shown(rows)}."
+            )
+        if not _is_whole_number(batch_size) or batch_size < 1 or len(rows) == 0:
+            raise ValueError(
+                f"{len(rows)} rows do not go into batches of {shown(batch_size)} rows."
+            )
+        if not callable(collate):
+            raise ValueError(f"{shown(collate)} cannot collate rows; pass a Collator.")
+        for name, value in {"group_by_length": group_by_length, "shuffle": shuffle}.items():
+            if not isinstance(value, bool):
+                raise ValueError(f"{name}={shown(value)} is neither True nor False.")
+        if not _is_whole_number(seed):
+            raise ValueError(f"seed={shown(seed)} is no whole number.")
         self.rows, self.collate, self.batch_size = rows, collate, batch_size
         self.seed, self.epoch, self.shuffle = seed, 0, shuffle
-        self.lengths = [len(row["input_ids"]) for row in rows] if group_by_length else None
+        self.lengths = _lengths(rows) if group_by_length else None
 
     def set_epoch(self, epoch):
+        """From now on the order is that of `epoch`, a whole number from 0 on."""
+        if not _is_whole_number(epoch) or epoch < 0:
+            raise ValueError(f"epoch={shown(epoch)} is no whole number from 0 on.")
         self.epoch = epoch
 
     def __len__(self):
@@ -202,7 +379,27 @@ class Batches:
             yield self.collate([self.rows[i] for i in numbers])
 
 
+def _lengths(rows):
+    try:
+        return [len(row["input_ids"]) for row in rows]
+    except (TypeError, KeyError) as error:
+        raise ValueError(
+            "To be grouped by length every row needs input_ids; encode the rows first."
+        ) from error
+
+
 def padding_share(batches):
-    """The share of positions, from 0 to 1, that are padding: computed, then thrown away."""
-    masks = [batch["attention_mask"] for batch in batches]
+    """The share of positions, from 0 to 1, that are padding: computed, then thrown away.
+
+    Raises ValueError where there is no batch, or one without a mask.
+    """
+    try:
+        masks = [batch["attention_mask"] for batch in batches]
+        if not sum(mask.numel() for mask in masks):
+            raise ValueError("There is no batch, so there is no share of padding.")
+    except (TypeError, KeyError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f"{shown(batches)} are no batches; give what a Collator made, each with an "
+            "attention_mask (batch, seq)."
+        ) from error
     return 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)

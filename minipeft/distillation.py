@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from minipeft.freezing import blocks
+from minipeft.losses import places, predict, send
 
 DIVERGENCES = ("forward", "reverse")
 
@@ -130,14 +131,14 @@ def distil_from(teacher, alpha=0.5, temperature=2.0, divergence="forward", pairs
 
     def loss_sum(student, batch):
         options = {"output_hidden_states": True} if pairs else {}
-        output, logits, targets = _predict(student, batch, options)
+        output, logits, targets = predict(student, batch, **options)
         with torch.no_grad():
-            theirs, wanted, _ = _predict(teacher, batch, options)
+            theirs, wanted, _ = predict(teacher, batch, **options)
         loss = _mix(alpha, *hard_and_soft(logits, wanted, targets, temperature, divergence))
         if pairs:
-            places = batch["labels"][:, 1:] != -100  # (batch, seq - 1)
+            at = places(batch)  # rows and columns of the positions that predict a target
             states = (
-                [state[:, :-1][places.to(state.device)] for state in one.hidden_states]
+                [state[tuple(send(i, state.device) for i in at)] for state in one.hidden_states]
                 for one in (output, theirs)
             )
             loss = loss + hidden_weight * hidden_loss(*states, pairs, projection).sum()
@@ -146,19 +147,6 @@ def distil_from(teacher, alpha=0.5, temperature=2.0, divergence="forward", pairs
     settings = alpha, temperature, divergence, tuple(pairs), hidden_weight
     loss_sum.__qualname__ = f"distil_from{settings}"  # a checkpoint tells two such losses apart
     return loss_sum
-
-
-def _predict(model, batch, options):
-    """(output, logits (targets, vocab), targets): logits only from the first target on."""
-    device = next(model.parameters()).device
-    batch = {name: value.to(device) for name, value in batch.items()}
-    labels = batch.pop("labels")[:, 1:]  # (batch, seq - 1)
-    columns = (labels != -100).any(0).nonzero()
-    first = int(columns[0]) if len(columns) else labels.shape[1]  # no target: another rank has them
-    keep = labels.shape[1] - first + 1
-    output = model(**batch, use_cache=False, logits_to_keep=keep, **options)
-    counted = labels[:, first:] != -100  # (batch, keep - 1)
-    return output, output.logits[:, -keep:-1][counted], labels[:, first:][counted]
 
 
 def student_from_layers(teacher, keep):

@@ -7,7 +7,8 @@
     finish()
 
 Every rank is given the same batches and takes its rows of each. The loss is divided by the target
-tokens of all ranks, so that loss and weights are those of one process, to rounding.
+tokens of all ranks, so that loss and weights are those of one process, to rounding. Each rank drops
+out other units than the others.
 
 "ddp"   each rank holds everything; the gradients are summed (Li et al. 2020, "PyTorch Distributed",
         section 3). Done by hand here, after the backward pass, so that the model stays a model of
@@ -19,6 +20,9 @@ tokens of all ranks, so that loss and weights are those of one process, to round
 
 import gc
 import os
+import random
+import warnings
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -28,31 +32,59 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 KINDS = ("ddp", "fsdp")
 LOST = ("connection", "timed out", "timeout", "broken pipe", "socket", "gloo", "nccl", "peer")
+PATIENCE = timedelta(days=1)  # how long the ranks wait for one of them that writes files
+_patient = None  # their group for that; None where `start` was not called
 
 
-def start(timeout=30):
-    """Join the ranks of this `torchrun`. Returns the device of this rank: its CUDA device over
-    NCCL, else the CPU over gloo. A rank that waits longer than `timeout` seconds for another one
-    gives up. Raises ValueError outside torchrun."""
+def start(timeout=30, device=None):
+    """Join the ranks of this `torchrun`. Returns the device of this rank.
+
+    device: "cuda", a CUDA device for each rank, over NCCL; "cpu", over gloo. Default: "cuda" where
+    this machine has one for each of its ranks. (NCCL lets no two ranks share a device.)
+    timeout: a rank that waits for another one in a step gives up after so many seconds; while rank
+    0 writes files the others wait for it as long as it lives.
+    Raises ValueError outside torchrun, and for "cuda" where there are not enough devices.
+    """
+    global _patient
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         raise ValueError(
             "This process was not started by torchrun; run it as "
             "`torchrun --nproc-per-node 2 script.py`."
         )
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    return device
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device not in (None, "cpu", "cuda"):
+        raise ValueError(f"device={device!r} is none of 'cpu', 'cuda'; each rank takes its own.")
+    if device == "cuda" and found < here:
+        raise ValueError(
+            f"{here} ranks of this machine cannot share {found} CUDA devices over NCCL; start as "
+            'many ranks as there are devices, or pass device="cpu".'
+        )
+    if device is None and 0 < found < here and os.environ.get("LOCAL_RANK", "0") == "0":
+        warnings.warn(
+            f"{here} ranks of this machine cannot share {found} CUDA devices over NCCL, so they "
+            "train on the CPU, over gloo.",
+            stacklevel=2,
+        )
+    limit = timedelta(seconds=timeout)
+    if device == "cpu" or found < here:
+        place = torch.device("cpu")
+        dist.init_process_group("gloo", timeout=limit)
+    else:
+        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(place)
+        dist.init_process_group("nccl", timeout=limit, device_id=place)
+    _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return place
 
 
 def finish():
     """Leave the ranks, all at the same time."""
+    global _patient
     if dist.is_initialized():
-        gc.collect()  # what still holds the group would end it later, where gloo aborts the process
-        dist.barrier()
+        wait()
+        _patient = None
+        gc.collect()  # what still holds a group would end it later, where gloo aborts the process
         dist.destroy_process_group()
 
 
@@ -67,21 +99,56 @@ def leads():
 
 
 def wait():
-    """Wait until every rank is here."""
+    """Wait until every rank is here, if need be for hours: a rank that died is noticed at once."""
     if ranks() > 1:
-        dist.barrier()
+        dist.barrier(group=_patient)
+
+
+def of_first(number):
+    """The whole number that rank 0 gives, on every rank."""
+    if ranks() == 1:
+        return number
+    numbers = torch.tensor(number)
+    dist.broadcast(numbers, src=0, group=_patient)
+    return int(numbers)
+
+
+@contextmanager
+def own_noise(seed, step, device):
+    """In the block torch draws what no other rank draws, such as dropout masks.
+
+    It draws from `seed`, `step` and the rank, so that a resumed run draws the same again. Outside
+    of the block all ranks draw alike, such as the order of the data. One process draws on as ever.
+    """
+    if ranks() == 1:
+        yield
+        return
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        own = random.Random(f"{seed} {step} {dist.get_rank()}").getrandbits(63)
+        torch.default_generator.manual_seed(own)  # torch.manual_seed would reseed every device
+        if devices:
+            torch.cuda.manual_seed(own)  # of this device, which `start` chose
+        yield
 
 
 def share(model, kind):
     """Make one model of the models of all ranks; that of rank 0 counts. Returns the model.
 
     Call it after the technique was added, and before `train`, which makes the optimiser.
-    Raises ValueError for another kind, or if `start` was not called.
+    Raises ValueError for another kind, if `start` was not called, and for a model on a device that
+    the ranks cannot talk from.
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is none of {', '.join(KINDS)}.")
-    if not dist.is_initialized():
+    if _patient is None:
         raise ValueError("Call minipeft.distributed.start() first.")
+    place = next(model.parameters()).device.type
+    if dist.get_backend() == "nccl" and place != "cuda":
+        raise ValueError(
+            f"The model is on {place}, but these ranks talk over NCCL, from CUDA devices. Load it "
+            'onto the device that start() returns, or call start(device="cpu").'
+        )
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
             dist.broadcast(tensor, src=0)
@@ -101,37 +168,49 @@ def _blocks(model):
 
 
 def my_rows(batch):
-    """The rows rank, rank + n, rank + 2n ... of a batch for n ranks. A rank for which none is left
-    takes the first row without labels, since all ranks must run the same collectives."""
+    """(rows, share): the rows rank, rank + n, rank + 2n ... of a batch for n ranks, and 1.
+
+    A rank for which none is left takes the first row, since all ranks must run the same
+    collectives, and 0, by which its loss is to be multiplied.
+    """
     if ranks() == 1:
-        return batch
+        return batch, 1
     rank = dist.get_rank()
+    if len({len(tensor) for tensor in batch.values()}) > 1:
+        shapes = {name: tuple(tensor.shape) for name, tensor in batch.items()}
+        raise ValueError(f"A batch is divided by rows, but its tensors are {shapes}.")
     rows = {name: tensor[rank :: ranks()] for name, tensor in batch.items()}
-    if not len(rows["labels"]):
-        rows = {name: tensor[:1] for name, tensor in batch.items()}
-        rows["labels"] = torch.full_like(rows["labels"], -100)
-    return rows
+    if all(map(len, rows.values())):
+        return rows, 1
+    return {name: tensor[:1] for name, tensor in batch.items()}, 0
 
 
-def total(number):
-    """The sum of a number over the ranks, the same on all of them."""
-    if ranks() == 1:
-        return number
-    cuda = dist.get_backend() == "nccl"
-    numbers = torch.tensor(number, dtype=torch.float64, device="cuda" if cuda else "cpu")
-    dist.all_reduce(numbers)
-    return numbers.item()
+def total(tensor):
+    """The sum of a tensor over the ranks, the same on all of them."""
+    if ranks() > 1:
+        dist.all_reduce(tensor)
+    return tensor
 
 
 @torch.no_grad()
 def sum_gradients(params):
-    """Sum the gradients over the ranks. Sharded ones were averaged by `fully_shard` already."""
+    """Sum the gradients over the ranks. Sharded ones were averaged by `fully_shard` already.
+
+    A parameter may have no gradient on one rank, as where a layer was dropped at random there; one
+    without on all ranks stays without. The ranks tell each other by gloo, so no GPU is waited for.
+    """
     if ranks() == 1:
         return
     for p in params:
-        if isinstance(p, DTensor):
+        if isinstance(p, DTensor) and p.grad is not None:
             p.grad.mul_(ranks())
-        elif p.grad is not None:
+    params = [p for p in params if not isinstance(p, DTensor)]
+    there = torch.tensor([p.grad is not None for p in params], dtype=torch.uint8)
+    if params:
+        dist.all_reduce(there, dist.ReduceOp.MAX, group=_patient)
+    for p, anywhere in zip(params, there.tolist(), strict=True):
+        if anywhere:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             dist.all_reduce(p.grad)
 
 

@@ -6,37 +6,62 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+MARK = "-minipeft-"  # within the hidden names of what is there for a moment only: ours to remove
 
-def _flush(folder):
-    """Ask the operating system to put every file below `folder` on the disk."""
-    for path in Path(folder).rglob("*"):
-        if path.is_file():
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
+
+def flush(path):
+    """Ask the operating system to put a file, or every file below a folder, on the disk."""
+    path = Path(path)
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            with open(file, "rb+") as opened:
+                os.fsync(opened.fileno())
+
+
+def behind_link(folder):
+    """The absolute path of the folder, or of the one that it links to, so that the link stays.
+
+    Raises NotADirectoryError for a link into a place that is not there, as on a disk that is not
+    mounted, and for a file.
+    """
+    folder = Path(folder).absolute()
+    target = Path(os.path.realpath(folder)) if folder.is_symlink() else folder
+    if target.is_symlink() or (folder.is_symlink() and not target.parent.is_dir()):
+        raise NotADirectoryError(
+            f"{folder} is a link to {target}, which is not there; mount its disk, or remove the "
+            "link."
+        )
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"{folder} is a file, so no folder can be written there.")
+    return target
 
 
 def _aside(folder):
-    return folder.with_name(folder.name + ".previous")
+    """Where the old folder waits while the new one moves in. Nobody else gives such a name."""
+    return folder.with_name(f".{folder.name}{MARK}set-aside")
 
 
-def _discard(folder):
-    """Remove a folder; a kill in the middle must not leave half of it under its own name."""
-    hidden = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    os.rename(folder, hidden / folder.name)
+def _scratch(folder):
+    return Path(tempfile.mkdtemp(prefix=f".{folder.name}{MARK}", dir=folder.parent))
+
+
+def _discard(folder, aside):
+    """Remove the old folder; a kill in the middle must not leave half of it where it is found."""
+    hidden = _scratch(folder)
+    os.rename(aside, hidden / folder.name)
     shutil.rmtree(hidden, ignore_errors=True)
 
 
 def recover_folder(folder):
     """Undo a swap that was cut off: if only the set-aside old folder is left, put it back.
 
-    Call it before reading a folder that `whole_folder` writes, and not while another process is
-    writing it.
+    For who is about to write the folder, under the same lock. Who only reads calls nothing.
     """
-    folder = Path(folder).absolute()
+    folder = behind_link(folder)
     aside = _aside(folder)
     if aside.is_dir():
         if folder.exists():
-            _discard(aside)  # the swap had finished; only the clean-up was missing
+            _discard(folder, aside)  # the swap had finished; only the clean-up was missing
         else:
             os.rename(aside, folder)
 
@@ -47,22 +72,21 @@ def whole_folder(folder):
 
     The scratch folder stands beside `folder`, so that moving it into place is one rename on one
     file system. When the block raises, the scratch folder is removed and `folder` is as it was.
-    When the process is killed, a scratch folder (its name starts with a dot) may stay behind, but
+    When the process is killed, a scratch folder (`.<name>-minipeft-...`) may stay behind, but
     `folder` is either the old one or the new one. A folder that was there before is set aside as
-    `<folder>.previous` for the moment between two renames; `recover_folder` puts it back if the
-    process dies just then. Two writers of one folder need a lock of their own.
-    Raises NotADirectoryError if a file has that name.
+    `.<name>-minipeft-set-aside` for the moment between two renames; if the process dies just then,
+    the next writer puts it back. A link to a folder stays, and what it points to is replaced. Two
+    writers of one folder need a lock of their own.
+    Raises NotADirectoryError if a file has that name, or a link leads nowhere.
     """
-    folder = Path(folder).absolute()
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file, so no folder can be written there.")
+    folder = behind_link(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(folder)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    scratch = _scratch(folder)
     scratch.chmod(0o777 & ~_umask())
     try:
         yield scratch
-        _flush(scratch)
+        flush(scratch)
         if folder.exists():
             os.rename(folder, _aside(folder))
         os.rename(scratch, folder)

@@ -10,10 +10,12 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 
 def freeze(model):
     """Set requires_grad=False on every parameter. Returns the model."""
+    refuse_no_model(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.grad = None
@@ -26,13 +28,19 @@ def unfreeze(model, *module_patterns):
     A pattern is a dotted module name, in which * stands for anything: "model.layers.29",
     "*norm*", "lm_head". With no pattern, everything is unfrozen. A tied weight is one tensor, so
     unfreezing the head also unfreezes the embedding that shares it. Returns the model.
-    Raises ValueError for a pattern that matches no module with parameters.
+    Raises ValueError for a pattern that matches no module with parameters, and for one that
+    matches quantised weights, which cannot be trained.
     """
+    refuse_no_model(model)
     names = [
         name for name, module in model.named_modules() if any(True for _ in module.parameters())
     ]
     matched = set()
     for pattern in module_patterns or ("*",):
+        if not isinstance(pattern, str) or not pattern:
+            raise ValueError(
+                f"{shown(pattern)} is no pattern; give names of modules one by one, as texts."
+            )
         fitting = {name for name in names if fnmatchcase(name, pattern)}
         if not fitting:
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
@@ -41,30 +49,74 @@ def unfreeze(model, *module_patterns):
                 + (f"; near it are {', '.join(near)}." if near else ".")
             )
         matched |= fitting
-    for name in matched:
-        model.get_submodule(name).requires_grad_(True)
+    modules = [model.get_submodule(name) for name in sorted(matched)]
+    _refuse_quantised(model, *modules)
+    for module in modules:
+        module.requires_grad_(True)
     return model
+
+
+def refuse_no_model(model):
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{shown(model)} is no model; give an nn.Module, as load_base returns.")
+
+
+def _refuse_quantised(model, *modules):
+    """Raise ValueError if one of `modules` holds weights of few bits: only the rest would train."""
+    from minipeft.quantization import NF4Linear  # late: that module builds on this one
+
+    inside = {m for module in modules for m in module.modules()}
+    for name, module in model.named_modules():
+        own = module.parameters(recurse=False)
+        if module in inside and (
+            isinstance(module, NF4Linear) or any(not p.is_floating_point() for p in own)
+        ):
+            raise ValueError(
+                f"{name} is quantised, and codes cannot be trained; put a technique such as LoRA "
+                "on top, or name modules without such weights."
+            )
 
 
 def blocks(model):
     """The nn.ModuleList of the transformer blocks of a Hugging Face decoder or classifier.
 
     It is found by its length, config.num_hidden_layers, not by a name: "model.layers" in Llama,
-    "transformer.h" in GPT-2 and Bloom. Of several that fit, such as experts, the largest is taken.
-    Raises ValueError if there is none, or if encoder and decoder both have one.
+    "transformer.h" in GPT-2 and Bloom. A model that also reads images has the blocks of its text.
+    Lists inside of the blocks, such as experts, and far smaller ones beside them do not count.
+    Raises ValueError if there is no such list, or more than one: of an encoder and a decoder, or of
+    attentions apart from feed-forward layers.
     """
+    refuse_no_model(model)
     name = type(model).__name__
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{name} has two stacks of blocks, an encoder's and a decoder's.")
-    number = getattr(config, "num_hidden_layers", None)
-    fitting = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == number]
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    number, known = getattr(text, "num_hidden_layers", None), (type(config), type(text))
+    # The decoder of BART, taken alone, still has a configuration for both.
+    numbers = {number, *(getattr(text, f"{n}decoder_layers", number) for n in ("", "num_"))}
+    passed = set()  # modules inside of a list that fits, or of a part that reads no text
+    fitting = []
+    for module in model.modules():
+        if module in passed:
+            continue
+        own = getattr(module, "config", None)
+        elsewhere = isinstance(own, PreTrainedConfig) and not isinstance(own, known)
+        if elsewhere or (isinstance(module, nn.ModuleList) and len(module) in numbers):
+            passed |= set(module.modules())
+            fitting += [] if elsewhere else [module]
     if not fitting:
         raise ValueError(
             f"{name} has no list of blocks: no nn.ModuleList in it is as long as "
             f"config.num_hidden_layers, which is {number}."
         )
-    return max(fitting, key=lambda m: count_parameters(m)[1])
+    sizes = [sum(t.numel() for t in (*m.parameters(), *m.buffers())) for m in fitting]
+    if sum(sizes) - max(sizes) > max(sizes) / 10:
+        raise ValueError(
+            f"{name} has {len(fitting)} lists as long as config.num_hidden_layers, which is "
+            f"{number}: its blocks are not in one of them."
+        )
+    return fitting[sizes.index(max(sizes))]
 
 
 def only_last_blocks(model, k):
@@ -76,7 +128,8 @@ def only_last_blocks(model, k):
     """
     stack = blocks(model)
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(stack):
-        raise ValueError(f"k={k!r} is not a whole number of blocks from 1 to {len(stack)}.")
+        raise ValueError(f"k={shown(k)} is not a whole number of blocks from 1 to {len(stack)}.")
+    _refuse_quantised(model, stack[-k:])
     freeze(model)
     stack[-k:].requires_grad_(True)
     return model
@@ -88,13 +141,18 @@ def only_head(model, untie=False):
     A tied head is the embedding, so both are trained, and the gradient has to come down through
     every block to reach it. `untie` gives the head a copy of its own first, which costs as much
     memory as the embedding, and ends the way back at the head.
-    Raises ValueError for a bare backbone, which has no head.
+    Raises ValueError for a bare backbone, which has no head, and for a quantised head.
     """
-    heads = [child for child in model.children() if child is not model.base_model]
-    if model.base_model is model or not any(True for h in heads for _ in h.parameters()):
+    refuse_no_model(model)
+    backbone = getattr(model, "base_model", model)
+    heads = [child for child in model.children() if child is not backbone]
+    if backbone is model or not any(True for h in heads for _ in h.parameters()):
         raise ValueError(f"{type(model).__name__} has no head: it is the backbone alone.")
+    if not isinstance(untie, bool):
+        raise ValueError(f"untie={shown(untie)} is neither True nor False.")
+    _refuse_quantised(model, *heads)
     freeze(model)
-    shared = {id(p) for p in model.base_model.parameters()}
+    shared = {id(p) for p in backbone.parameters()}
     for module in (m for head in heads for m in head.modules()):
         for name, p in module.named_parameters(recurse=False):
             if untie and id(p) in shared:
@@ -107,15 +165,16 @@ def only_head(model, untie=False):
 def only_norms(model):
     """Train the weights, and biases if any, of all LayerNorms and RMSNorms. Returns the model.
 
-    A norm is told by its type; its name is ln_1, norm, layernorm ...
+    A norm is told by its type, LayerNorm, LlamaRMSNorm, RMSNormGated ..., and holds vectors only;
+    its name is ln_1, norm, layernorm ...
     Raises ValueError for a model without norms that have parameters.
     """
-    params = [
-        p
-        for module in model.modules()
-        if isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("Norm")
-        for p in module.parameters(recurse=False)
-    ]
+    refuse_no_model(model)
+    params = []
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        named = isinstance(module, nn.LayerNorm) or "Norm" in type(module).__name__
+        params += own if named and all(p.dim() == 1 for p in own) else []
     return _only(model, params, "norm with parameters")
 
 
@@ -124,6 +183,7 @@ def only_biases(model):
 
     Returns the model. Raises ValueError for a model without biases, as Llama is.
     """
+    refuse_no_model(model)
     params = [p for name, p in model.named_parameters() if name.endswith("bias")]
     return _only(model, params, "bias")
 
@@ -138,9 +198,23 @@ def _only(model, params, what):
 
 
 def count_parameters(model):
-    """Return (trainable, total): numbers of scalars, a tied weight counted once."""
-    total = sum(p.numel() for p in model.parameters())  # parameters() gives each tensor once
-    return sum(p.numel() for p in model.parameters() if p.requires_grad), total
+    """Return (trainable, total): numbers of scalars, a tied weight counted once, and a quantised
+    one as the number of weights it stands for."""
+    refuse_no_model(model)
+    sizes = {owner: (trainable * count, count) for _, owner, count, trainable in _counted(model)}
+    return sum(trained for trained, _ in sizes.values()), sum(count for _, count in sizes.values())
+
+
+def _counted(model):
+    """[(name, owner, number of scalars, trainable?)] of the parameters, by all their names, and of
+    the weights that 4-bit layers stand for, which are no parameters."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    layers = model.named_modules(remove_duplicate=False)
+    return [(name, id(p), p.numel(), p.requires_grad) for name, p in parameters] + [
+        (f"{name}.weight", id(layer), layer.weight_count, False)
+        for name, layer in layers
+        if hasattr(layer, "weight_count")
+    ]
 
 
 def count_by_module(model):
@@ -152,14 +226,14 @@ def count_by_module(model):
     stack = blocks(model)
     path = next(name for name, module in model.named_modules() if module is stack)
     counts, seen = {}, set()
-    for name, p in model.named_parameters(remove_duplicate=False):
+    for name, owner, count, trained in _counted(model):
         part = name  # from there up, as long as the next step would not reach the blocks
         while "." in part and not path.startswith(f"{part.rpartition('.')[0]}."):
             part = part.rpartition(".")[0]
-        new = id(p) not in seen
-        seen.add(id(p))
+        count *= owner not in seen
+        seen.add(owner)
         trainable, total = counts.get(part, (0, 0))
-        counts[part] = (trainable + new * p.requires_grad * p.numel(), total + new * p.numel())
+        counts[part] = (trainable + trained * count, total + count)
     return counts
 
 
@@ -168,10 +242,15 @@ def at_least_float32(dtype):
     return torch.promote_types(dtype, torch.float32)
 
 
+def shown(value):
+    """A value as messages show it: on one line, and cut where it is long."""
+    return " ".join(repr(value).split())[:60]
+
+
 def refuse_size(name, value, what):
     """Raise ValueError unless `value` is a whole number from 1 on."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value} is no {what}; give a whole number from 1 on.")
+        raise ValueError(f"{name}={shown(value)} is no {what}; give a whole number from 1 on.")
 
 
 def refuse_other_shapes(state, expected):

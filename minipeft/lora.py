@@ -11,6 +11,8 @@ DoRA (Liu et al. 2024, section 4) also learns the length m of each row of the su
 """
 
 import math
+import re
+from numbers import Real
 
 import torch
 from torch import nn
@@ -19,14 +21,23 @@ from transformers.pytorch_utils import Conv1D
 
 from minipeft.freezing import (
     at_least_float32,
-    freeze,
     modules_named,
     refuse_other_shapes,
     refuse_size,
 )
+from minipeft.technique import (
+    adding,
+    freeze_base,
+    has_numbers,
+    heads,
+    refuse_tuned,
+    unchanged,
+    unmark,
+)
 
 PEFT_TYPE = "LORA"
 SCALINGS = ("alpha/r", "rslora")
+KINDS = (nn.Linear, Conv1D, nn.Embedding)
 
 
 def matrix(layer):
@@ -64,6 +75,7 @@ class LoRALinear(nn.Module):
         self.scaling = alpha / (r if scaling == "alpha/r" else math.sqrt(r))
         self.dropout = 0.0 if isinstance(base, nn.Embedding) else dropout  # token ids do not drop
         self.merged = False
+        self.kept = None  # the norms of DoRA, while nothing is learning
         self.lora_magnitude = nn.Parameter(self.norms()) if dora else None  # (out,)
         self.register_buffer("factor", None, persistent=False)  # what DoRA merged with
         self.train(base.training)  # a model in eval mode stays in it
@@ -82,7 +94,8 @@ class LoRALinear(nn.Module):
         if z.dtype != h.dtype or z.dtype != self.lora_B.dtype:
             y = (h + linear(z, self.lora_B)).to(h.dtype)
         else:  # the same sum in one call, which spares a tensor as large as h
-            y = torch.addmm(h.flatten(0, -2), z.flatten(0, -2), self.lora_B.T).view(h.shape)
+            rows = z.reshape(-1, z.shape[-1])  # (batch * seq, r)
+            y = torch.addmm(h.reshape(-1, h.shape[-1]), rows, self.lora_B.T).view(h.shape)
         if self.lora_magnitude is None:
             return y
         bias = getattr(self.base, "bias", None)
@@ -94,11 +107,57 @@ class LoRALinear(nn.Module):
     def change(self):
         return self.lora_B @ self.lora_A * self.scaling  # (out, in)
 
-    @torch.no_grad()
     def norms(self):
         """|V|: the length of each row of W0 + scaling B A, (out,). A constant in the backward pass,
-        which spares memory (DoRA, section 4.3, equation 11)."""
+        which spares memory (DoRA, section 4.3, equation 11).
+
+        In eval mode and without gradients, as in `generate`, they are kept until a weight is
+        written to, by whatever torch counts as writing (`.data` passes unseen).
+        """
+        tensors = [*self.base.parameters(), *self.base.buffers(), self.lora_A, self.lora_B]
+        learning = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if learning or not has_numbers(self) or any(t.is_inference() for t in tensors):
+            self.kept = None
+            return self._norms()
+        state = [(id(t), t.data_ptr(), t._version) for t in tensors]
+        if self.kept is None or self.kept[1] != state:
+            self.kept = self._norms(), state, tensors  # held, so that no id is given anew
+        return self.kept[0]
+
+    @torch.no_grad()
+    def _norms(self):
         return lengths(matrix(self.base) + self.change())
+
+    def train(self, mode=True):
+        self.kept = None
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs):  # .to(), .half(), .cuda() ...
+        self.kept = None
+        return super()._apply(*args, **kwargs)
+
+    @property
+    def weight(self):
+        """What a model that reads the weight itself has to read: W with the change in it, laid out
+        as in `base`. A new tensor at each call, through which gradients flow."""
+        if self.merged:
+            return self.base.weight
+        new = matrix(self.base) + self.change()
+        if self.lora_magnitude is not None:
+            new = new * (self.lora_magnitude / self.norms())[:, None]
+        return (new if isinstance(self.base, nn.Linear) else new.T).to(self.base.weight.dtype)
+
+    @property
+    def bias(self):
+        return getattr(self.base, "bias", None)
+
+    @property
+    def in_features(self):
+        return self.base.in_features
+
+    @property
+    def out_features(self):
+        return self.base.out_features
 
     def on_paper(self, tape, x, out):
         """The same forward in the operations of minipeft.tape, for `memory.estimate`."""
@@ -157,55 +216,91 @@ def add_lora(
               and GPT-NeoX, "c_attn" for GPT-2. A dotted ending picks fewer: "0.attn.c_attn".
               Embeddings ("embed_tokens", "wte") and an untied "lm_head" may be named too.
     dora      also learn the length of each row of the sum: `out` trainables more for each layer.
-    The trainables are float32, also on a half-precision base (float64 on a float64 one).
+    The trainables are float32, also on a half-precision base (float64 on a float64 one). The head
+    of a classifier is new, so it is trained as a whole, and gets no LoRA.
     LoRA on an embedding that is tied to the head changes what goes in, not the head; therefore it
     cannot be merged. A tied head cannot be named.
-    Raises ValueError for a name that no layer has, a tied head, a number out of range, and a model
-    that has LoRA already.
+    Raises ValueError for a name that no layer has, a tied head, a number out of range, a layer that
+    computes something else than its kind does, and a model that has a technique already.
     """
-    targets = (targets,) if isinstance(targets, str) else tuple(targets)
-    _check(model, r, alpha, dropout, scaling)
-    found = _targets(model, targets)
-    freeze(model)
-    for name, layer in found:
-        parent, _, last = name.rpartition(".")
-        layer = LoRALinear(layer, r, alpha, dropout, scaling, dora)
-        setattr(model.get_submodule(parent), last, layer)
-    model.minipeft_technique = "lora"
-    model.lora_config = {
+    targets = (targets,) if isinstance(targets, str) else targets
+    if not isinstance(targets, list | tuple | set) or not all(
+        isinstance(name, str) and name for name in targets
+    ):
+        raise ValueError(f"targets={targets!r} is no list of names of layers.")
+    _check(r, alpha, dropout, scaling, dora)
+    config = {
         "r": r,
         "lora_alpha": alpha,
         "lora_dropout": dropout,
         "use_rslora": scaling == "rslora",
-        "use_dora": bool(dora),
+        "use_dora": dora,
         "target_modules": list(targets),
     }
+    with adding(model, "lora"), unchanged(model):
+        layers = [(name, layer, r, alpha) for name, layer in _targets(model, targets)]
+        _put(model, layers, dropout, scaling, dora)
+        model.lora_config = config
     return model
 
 
-def _check(model, r, alpha, dropout, scaling):
-    if _layers(model):
-        raise ValueError("This model has LoRA already; load the base model anew.")
-    if getattr(model, "minipeft_technique", None):
-        raise ValueError(
-            f"This model has {model.minipeft_technique} already, which LoRA would freeze; load the "
-            "base model anew."
-        )
+def _check(r, alpha, dropout, scaling, dora):
     refuse_size("r", r, "rank")
-    if not alpha > 0:
-        raise ValueError(f"alpha={alpha} must be above 0: it multiplies what LoRA learns.")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout={dropout} is no probability below 1.")
-    if scaling not in SCALINGS:
+    if not _is_number(alpha) or not 0 < alpha < math.inf:
+        raise ValueError(f"alpha={alpha!r} must be above 0: it multiplies what LoRA learns.")
+    if not _is_number(dropout) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout!r} is no probability below 1.")
+    if scaling not in list(SCALINGS):
         raise ValueError(f"scaling={scaling!r} is none of {', '.join(map(repr, SCALINGS))}.")
+    if not isinstance(dora, bool):
+        raise ValueError(f"dora={dora!r} is neither True nor False.")
+
+
+def _is_number(value):
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _targets(model, targets):
-    found = modules_named(model, targets, (nn.Linear, Conv1D, nn.Embedding))
-    for name, layer in found:
+    found = modules_named(model, list(targets), KINDS)
+    outside = _without_heads(model, found)
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name, _ in outside):
+            raise ValueError(
+                f"{target} is the head of {type(model).__name__}, which is trained as a whole; "
+                "name layers before it."
+            )
+    return outside
+
+
+def _without_heads(model, found):
+    trained = heads(model)
+    return [(name, layer) for name, layer in found if name.split(".")[0] not in trained]
+
+
+def _put(model, layers, dropout, scaling, dora):
+    """Freeze the model and put LoRA on layers [(name, layer, r, alpha)]."""
+    for name, layer, _, _ in layers:
         if not isinstance(layer, nn.Embedding):
             _refuse_tied(model, name, layer, "leave it out of the targets")
-    return found
+        _refuse_other_arithmetic(name, layer)
+    freeze_base(model)
+    for name, layer, r, alpha in layers:
+        parent, _, last = name.rpartition(".")
+        layer = LoRALinear(layer, r, alpha, dropout, scaling, dora)
+        setattr(model.get_submodule(parent), last, layer)
+    if any(m is _head(model) or isinstance(m.base, nn.Embedding) for m in _layers(model).values()):
+        model.resize_token_embeddings = model.tie_weights = _refuse_to_resize
+
+
+def _head(model):
+    return getattr(model, "get_output_embeddings", bool)() or None
+
+
+def _refuse_to_resize(*args, **kwargs):
+    raise ValueError(
+        "An embedding or head with LoRA on it cannot be resized or tied; do that before add_lora, "
+        "or after unload_lora."
+    )
 
 
 def _refuse_tied(model, name, layer, remedy):
@@ -214,6 +309,32 @@ def _refuse_tied(model, name, layer, remedy):
         raise ValueError(
             f"The weight of {name} is tied to another module, which merging would change too; "
             f"{remedy}."
+        )
+
+
+@torch.no_grad()
+def _refuse_other_arithmetic(name, layer):
+    """Raise ValueError for a layer of a class of its own that computes something else than W says,
+    such as a router that normalises its output."""
+    weight, rescales = layer.weight, getattr(layer, "max_norm", None)  # it writes to its weight
+    if (type(layer) in KINDS and not rescales) or not has_numbers(layer):
+        return
+    if isinstance(layer, nn.Embedding):
+        x = torch.arange(min(2, len(weight)), device=weight.device)  # (ids,)
+        expected = weight[x] * getattr(layer, "embed_scale", 1.0)  # (ids, hidden)
+    else:
+        x = torch.linspace(-1, 1, matrix(layer).shape[1], device=weight.device)[None]  # (1, in)
+        x = x.to(weight.dtype)
+        expected = linear(x, matrix(layer), getattr(layer, "bias", None))  # (1, out)
+    try:
+        error = (layer(x) - expected).abs().max() if not rescales else math.inf
+        same = error <= torch.finfo(weight.dtype).eps ** 0.5 * expected.abs().max().clamp(min=1e-8)
+    except Exception:  # other arguments, or a tuple
+        same = False
+    if not same:
+        raise ValueError(
+            f"{name} is a {type(layer).__name__}, which computes something else than its weight "
+            "says; leave it out of the targets."
         )
 
 
@@ -245,7 +366,10 @@ def unload_lora(model):
     for name, layer in _some_layers(model).items():
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, layer.base)
-    del model.minipeft_technique, model.lora_config
+    unmark(model)
+    del model.lora_config
+    if "resize_token_embeddings" in vars(model):
+        del model.resize_token_embeddings, model.tie_weights
     return model
 
 
@@ -290,10 +414,20 @@ def lora_plus_groups(model, lr, ratio=16):
 
 # ---- the folder format of HF peft (checkpoints.py) ---------------------------------------------
 
-# Settings of peft's LoraConfig that change the arithmetic and that this module does not have.
-FOREIGN = ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform",
-           "layer_replication", "lora_bias", "exclude_modules", "trainable_token_indices",
-           "target_parameters", "use_qalora", "ensure_weight_tying")  # fmt: skip
+# What of peft's LoraConfig is understood: None where this module looks itself, or where the value
+# only concerns the start or the run; else the values with which the arithmetic is the one above.
+READS = dict.fromkeys([
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
+    "fan_in_fan_out", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "qalora_group_size", "megatron_core", "runtime_config",
+]) | {
+    "bias": ("none",),
+    # PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA have changed the base; MiCA does not train B.
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
+}  # fmt: skip
+# With these some layers of a fitting name have no LoRA; the tensors tell which have.
+NARROWING = ("exclude_modules", "layers_to_transform")
 
 
 def _keys(name, base, dora):
@@ -308,7 +442,7 @@ def to_peft(model):
     """(adapter_config, {key: tensor}) as HF peft writes them."""
     layers = _layers(model)
     transposed = any(isinstance(layer.base, Conv1D) for layer in layers.values())
-    config = {"bias": "none", "fan_in_fan_out": transposed, "task_type": "CAUSAL_LM"}
+    config = {"bias": "none", "fan_in_fan_out": transposed}
     state = {
         key: getattr(layer, own)
         for name, layer in layers.items()
@@ -320,34 +454,109 @@ def to_peft(model):
 def from_peft(model, config, state):
     """Add the LoRA of an adapter_config and its tensors to `model`; all or nothing.
 
-    Raises ValueError if the adapter needs what this module does not have, or was made for another
-    base model.
+    Raises ValueError if they do not fit the model, or a setting is of the wrong type.
     """
-    foreign = [name for name in FOREIGN if config.get(name)]
-    foreign += ["bias"] if config.get("bias", "none") != "none" else []
-    targets = config["target_modules"]
-    if isinstance(targets, str):
-        foreign.append("target_modules as a pattern")
-    if foreign:
-        raise ValueError(f"This adapter uses {', '.join(foreign)}, which minipeft does not have.")
-    scaling = "rslora" if config.get("use_rslora") else "alpha/r"
-    r, alpha, dora = config["r"], config["lora_alpha"], bool(config.get("use_dora"))
-    _check(model, r, alpha, config.get("lora_dropout", 0.0), scaling)
-    expected, state = {}, dict(state)
-    for name, layer in _targets(model, targets):
+    refuse_tuned(model)
+    defaults = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0}  # peft's
+    config = defaults | {"use_rslora": False, "use_dora": False} | config
+    if not isinstance(config["use_rslora"], bool):
+        raise ValueError(f"use_rslora={config['use_rslora']!r} is neither true nor false.")
+    scaling, dora = "rslora" if config["use_rslora"] else "alpha/r", config["use_dora"]
+    _check(*(config[key] for key in defaults), scaling, dora)
+    state = _without_base(model, {_plain(key): tensor for key, tensor in state.items()})
+    layers, expected = [], {}
+    for name, layer in _chosen(model, config, state):
+        r = _by_pattern(config, "rank_pattern", name, config["r"])
+        alpha = _by_pattern(config, "alpha_pattern", name, config["lora_alpha"])
+        _check(r, alpha, config["lora_dropout"], scaling, dora)
         rows, columns = matrix(layer).shape
         shapes = {"lora_A": (r, columns), "lora_B": (rows, r), "lora_magnitude": (rows,)}
         expected |= {key: shapes[own] for own, key in _keys(name, layer, dora).items()}
-        # Of an embedding or a head peft writes the frozen weight as well.
-        key = f"base_model.model.{name}.base_layer.weight"
-        if key in state:
-            theirs, ours = state.pop(key), layer.weight
-            if theirs.shape != ours.shape or not torch.allclose(theirs.to(ours), ours, rtol=0.01):
-                raise ValueError(f"The adapter was made for another base model: {key} differs.")
+        layers.append((name, layer, r, alpha))
     refuse_other_shapes(state, expected)
-    add_lora(model, r, alpha, config.get("lora_dropout", 0.0), targets, scaling, dora)
+    with adding(model, "lora"), unchanged(model):
+        _put(model, layers, config["lora_dropout"], scaling, dora)
+        model.lora_config = _kept_settings(config, layers)
     with torch.no_grad():
         for name, layer in _layers(model).items():
             for own, key in _keys(name, layer.base, dora).items():
                 getattr(layer, own).copy_(state[key])
     return model
+
+
+def _kept_settings(config, layers):
+    """What `to_peft` will write of them. Layers that no list of endings picks are named in full."""
+    own = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules")
+    kept = {key: config[key] for key in own}
+    kept |= {key: config[key] for key in ("rank_pattern", "alpha_pattern") if config.get(key)}
+    if isinstance(kept["target_modules"], str) or _given(config, *NARROWING):
+        kept["target_modules"] = [name for name, *_ in layers]
+    return kept
+
+
+def _plain(key):
+    """A key of peft without the name of its adapter, which some tools leave in."""
+    key = re.sub(r"\.(lora_\w+)\.default(?=\.|$)", r".\1", key)
+    return key.removesuffix(".weight") if "lora_magnitude_vector" in key else key
+
+
+def _without_base(model, state):
+    """Of an embedding or a head peft may write the frozen weight as well: it must be ours."""
+    parameters, rest = dict(model.named_parameters(remove_duplicate=False)), {}
+    for key, theirs in state.items():
+        ours = parameters.get(key.removeprefix("base_model.model.").replace(".base_layer.", "."))
+        if ours is None:
+            rest[key] = theirs
+        elif theirs.shape != ours.shape or not torch.allclose(
+            theirs.to(ours), ours, rtol=0.01, atol=1e-7
+        ):
+            raise ValueError(f"The adapter was made for another base model: {key} differs.")
+    return rest
+
+
+def _given(config, *keys):
+    return any(config.get(key) not in (None, [], "") for key in keys)
+
+
+def _every(config):
+    targets = config.get("target_modules")
+    return isinstance(targets, str) and targets.lower() == "all-linear"
+
+
+def _chosen(model, config, state):
+    """[(name, layer)] of the layers that the adapter is for. As in peft, target_modules may name
+    layers that this model does not have."""
+    targets = config.get("target_modules")
+    names = [targets] if isinstance(targets, str) else targets
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"target_modules={targets!r} is neither a pattern nor a list of names.")
+    present = [(name, m) for name, m in model.named_modules() if isinstance(m, KINDS)]
+    found = [(name, m) for name, m in present if _every(config) or _fits(targets, name)]
+    found = _without_heads(model, found)
+    if _every(config) or _given(config, *NARROWING, "modules_to_save"):
+        found = [(name, m) for name, m in found if _keys(name, m, False)["lora_A"] in state]
+    if not found:
+        kinds = sorted({name.rpartition(".")[2] for name, _ in present})
+        raise ValueError(
+            f"{type(model).__name__} has no layer named {targets!r} that the adapter is for; it "
+            f"has {', '.join(kinds)}."
+        )
+    return found
+
+
+def _fits(pattern, name):
+    """Does a name match a regular expression, or end in one of a list of endings?"""
+    if not isinstance(pattern, str):
+        return any(f".{name}".endswith(f".{ending}") for ending in pattern)
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise ValueError(f"{pattern!r} of the adapter is no pattern ({error}).") from error
+
+
+def _by_pattern(config, key, name, default):
+    """What rank_pattern or alpha_pattern says of a layer: the value of the first that fits."""
+    patterns = config.get(key) or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{key}={patterns!r} is no mapping from patterns to numbers.")
+    return next((v for p, v in patterns.items() if _fits(rf"(.*\.)?({p})", name)), default)

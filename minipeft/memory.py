@@ -1,6 +1,7 @@
 """What a training step holds in memory: predicted from the configuration alone, and measured.
 
     bytes = parameters + gradients + optimiser state + activations + logits + inputs + temporaries
+            + on CUDA, the workspace of cuBLAS
 
 `estimate` adds formulas, one for each operation (tape.py); `measure` asks torch. The parts do not
 all stand at once: activations are given back while gradients come. So `total`, the peak, is less
@@ -9,22 +10,29 @@ optimiser's step.
 """
 
 import copy
+import re
 import weakref
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from minipeft.losses import CAUSAL, kind_of
 from minipeft.tape import BLOCKS, Tape
-from minipeft.training import switch_checkpointing
+from minipeft.technique import _restore, _state
+from minipeft.training import _adamw, switch_checkpointing
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "inputs", "temporaries")
 PRECISIONS = ("float32", "bfloat16")
+OPTIMIZERS = ("adamw", "adamw-foreach", "adamw8bit", "sgd")
+OTHERS = re.compile("Classification|QuestionAnswering|MaskedLM|MultipleChoice|NextSentence")
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -32,9 +40,10 @@ UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 class Memory:
     """Bytes of one training step.
 
-    parts    the largest size that each part reaches, in bytes
+    parts    the largest size that each part reaches, in bytes; None if it is not measured by itself
     total    the peak: the most that stands at one moment, in bytes
-    moment   where the peak falls: "loss", "backward pass" or "optimizer step"
+    moment   where the peak falls: "forward pass" (with 4-bit weights only), "loss", "backward pass"
+             or "optimizer step"
     at_peak  the bytes of each part at that moment, which sum to `total`; empty if measured
     kept     rows (operation, shape, bytes) of what one block keeps; empty if measured
     """
@@ -48,7 +57,7 @@ class Memory:
     def __str__(self):
         unit = next((u for u in ("GiB", "MiB", "KiB") if self.total >= UNITS[u]), "B")
         lines = [f"{'':14}{'largest':>12}{'at the peak':>14}   {unit}"]
-        for name in PARTS:
+        for name in self.parts:
             if self.parts[name] is not None:
                 there = f"{self.at_peak[name] / UNITS[unit]:14.3f}" if self.at_peak else f"{'':14}"
                 lines.append(f"{name:14}{self.parts[name] / UNITS[unit]:12.3f}{there}")
@@ -69,10 +78,11 @@ class Memory:
             from matplotlib import pyplot
 
             ax = pyplot.figure().add_subplot()
-        colors = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#000000", "#BBBBBB")
+        colors = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#000000", "#BBBBBB",
+                  "#AA3377")  # fmt: skip
         sizes, bottom = self.at_peak or self.parts, 0
         first = not ax.patches
-        for name, color in zip(PARTS, colors, strict=True):
+        for name, color in zip(sizes, colors, strict=False):
             size = (sizes[name] or 0) / UNITS[unit]
             ax.bar([label], [size], bottom=bottom, color=color, label=name if first else None)
             bottom += size
@@ -98,22 +108,30 @@ def estimate(
 ):
     """Predict the memory of one training step. Nothing is allocated. Returns a `Memory`.
 
-    config         a transformers configuration (Llama, Qwen2, Mistral, GPT-2, Bloom)
+    config         a transformers configuration (Llama, Qwen2, Mistral, GPT-2, Bloom), of which a
+                   causal language model is made
     method         a function that prepares the model: lambda model: add_lora(model, r=8); None
                    trains every parameter
     batch, seq     rows and tokens a row, all of them targets, some of them padding
-    optimizer      "adamw" (8 bytes a trainable: two float32 moments), "adamw8bit", or "sgd" (none)
+    optimizer      "adamw" (two moments, each as large as the trainables; the fused kernel, as in
+                   `train`), "adamw-foreach" (torch's default on CUDA: one more copy of all
+                   trainables while it updates them), "adamw8bit", or "sgd" (no state)
     precision      "float32", or "bfloat16" for autocast, the weights staying as they are
     attention      "fused" or "eager"
     checkpointing  keep only the input of each block, and compute the block anew going backward
     dtype          of the base weights
-    device         "cpu" or "cuda": dropout masks and the optimiser's temporaries differ
+    device         "cpu" or "cuda": dropout masks, attention with dropout and the workspace differ
 
     Sources: Rajbhandari et al. 2020 (ZeRO), section 3.1, for parameters, gradients and optimiser;
     Korthikanti et al. 2022, section 4, for activations; tape.py, operation by operation.
     Raises ValueError for an architecture, layer or setting that has no formula here.
     """
-    _check(batch, seq, optimizer, precision, attention)
+    _check(method, batch, seq, optimizer, precision, attention, checkpointing, dtype, device)
+    if not isinstance(config, PretrainedConfig):
+        raise ValueError(
+            "memory.estimate takes a configuration of transformers, such as model.config; it was "
+            f"given a {type(config).__name__}."
+        )
     if config.model_type not in BLOCKS:
         raise ValueError(
             f"memory.estimate has no formulas for {config.model_type!r}, only for "
@@ -144,13 +162,14 @@ def estimate(
     BLOCKS[config.model_type](tape, model, config, lambda x: starts.append((len(tape.nodes), x)))
 
     trainables = [p for p in model.parameters() if p.requires_grad]
-    count = sum(p.numel() for p in trainables)
     largest = max(p.numel() for p in trainables)
     # AdamW keeps two moments, of the type of the parameter. In 8 bits: whole blocks of 256, a
     # float32 for each, but float32 below 4,096 elements (quantization.py).
     small = lambda n: 2 * -(-n // 256) * (256 + 4) if n >= 4096 else 8 * n  # noqa: E731
+    moments_of_all = sum(2 * p.nbytes for p in trainables)
     state = {
-        "adamw": sum(2 * p.nbytes for p in trainables),
+        "adamw": moments_of_all,
+        "adamw-foreach": moments_of_all,
         "adamw8bit": sum(small(p.numel()) for p in trainables),
         "sgd": 0,
     }
@@ -160,10 +179,13 @@ def estimate(
         # Token ids, mask and labels, in int64.
         "inputs": 3 * 8 * batch * seq,
     }
+    if device == "cuda":
+        fixed["workspace"] = workspace()
     largest_parts, moments = _backward(tape, starts, checkpointing)
-    # One parameter at a time: sqrt(v) and its quotient; on CUDA torch does all at once. In 8 bits:
-    # both moments in float32, and 10 bytes an element to quantise the second.
-    work = {"adamw": 4 * count if device == "cuda" else 8 * largest, "adamw8bit": 18 * largest}
+    moments["forward pass"] = _forward(tape, starts, checkpointing)
+    # foreach: sqrt(v) of all parameters at once. In 8 bits, one parameter at a time: both moments
+    # in float32, and 10 bytes an element to quantise the second.
+    work = {"adamw-foreach": moments_of_all // 2, "adamw8bit": 18 * largest}
     moments["optimizer step"] = Counter(
         gradients=largest_parts["gradients"], temporaries=work.get(optimizer, 0)
     )
@@ -171,39 +193,74 @@ def estimate(
     at_peak = Counter(fixed) + moments[moment]
     parts = {name: max(m[name] for m in moments.values()) for name in PARTS} | fixed
     parts |= largest_parts
+    names = [name for name in (*PARTS, "workspace") if name in parts]
     return Memory(
-        {name: parts[name] for name in PARTS},
+        {name: parts[name] for name in names},
         at_peak.total(),
-        {name: at_peak[name] for name in PARTS},
+        {name: at_peak[name] for name in names},
         moment,
         _block_rows(tape, starts),
     )
 
 
-def _check(batch, seq, optimizer, precision, attention):
+def workspace():
+    """Bytes that cuBLAS gets on CUDA, from the first matrix product on, for as long as the process
+    lives: a workspace for each thread that multiplies, and torch goes forward in one thread and
+    backward in another. 32 MiB each from Hopper on, 8.1 MiB on older GPUs (torch's CUDA semantics,
+    "cuBLAS workspaces", and CublasHandlePool.cpp); without a GPU in sight, Hopper is assumed."""
+    hopper = not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= 9
+    return 2 * (32 * 2**20 if hopper else (2 * 4096 + 8 * 16) * 2**10)
+
+
+def _check(
+    method, batch, seq, optimizer, precision, attention, checkpointing, dtype, device, tracker="own"
+):
+    if method is not None and not callable(method):
+        raise ValueError(f"method={method!r} must be a function that takes and returns a model.")
     for name, value in {"batch": batch, "seq": seq}.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r} must be a whole number from 1 on.")
     for name, value, known in (
-        ("optimizer", optimizer, ("adamw", "adamw8bit", "sgd")),
+        ("optimizer", optimizer, OPTIMIZERS),
         ("precision", precision, PRECISIONS),
         ("attention", attention, ("fused", "eager")),
+        ("device", device, ("cpu", "cuda")),
+        ("tracker", tracker, ("own", "torch")),
     ):
         if value not in known:
             raise ValueError(f"{name}={value!r} is none of {', '.join(known)}.")
+    if not isinstance(checkpointing, bool):
+        raise ValueError(f"checkpointing={checkpointing!r} must be True or False.")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype!r} must be a floating-point type, as torch.float32.")
 
 
 def _build(config, method, dtype, attention):
-    """The model, on whatever device is current, prepared for training."""
+    """The causal language model, on whatever device is current, prepared for training."""
     kernel = {"fused": "sdpa", "eager": "eager"}[attention]
     if config.model_type == "bloom":
         kernel = "eager"  # transformers has no fused attention for ALiBi
+    other = [name for name in config.architectures or [] if OTHERS.search(name)]
+    if other or type(config) not in AutoModelForCausalLM._model_mapping:
+        _refuse_kind(other[0] if other else f"a model of type {config.model_type!r}")
     config = copy.deepcopy(config)  # a method may write into it; the caller's stays as it is
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=kernel)
     model.config.use_cache = False
-    model.train()
-    if method is not None:
-        model = method(model)
+    return _prepared(model.train(), method)
+
+
+def _refuse_kind(what):
+    raise ValueError(
+        f"The memory is predicted and measured of causal language models; {what} is none."
+    )
+
+
+def _prepared(model, method):
+    model = model if method is None else method(model)
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"`method` returned a {type(model).__name__}; it must return the model it prepared."
+        )
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("Nothing is trainable: `method` has frozen every parameter.")
     return model
@@ -233,6 +290,28 @@ def _block_rows(tape, starts):
                 seen.add(value.storage)
                 rows.append((node.name, value.storage.shape, tape.bytes(value)))
     return rows
+
+
+def _forward(tape, starts, checkpointing):
+    """What stands at most while a weight is made from 4 bits, in bytes by part: going forward, or
+    when a block is computed anew. Without such weights the loss or the backward pass has more."""
+    uses = {x.storage: i for i, node in enumerate(tape.nodes) for x in node.inputs}  # the last ones
+    begins = dict(starts)
+    kept, live, held, peak = set(tape.held), set(), 0, Counter()
+    for i, node in enumerate(tape.nodes):
+        if begins.get(i):  # Python's variables: the embedded tokens, a block's input, the normed one
+            named, held = {starts[0][1].storage, begins[i].storage}, tape.bytes(begins[i])
+            if checkpointing:  # and the gradient of the block's output
+                kept, held = {v.storage for begin, v in starts if begin <= i}, 2 * held
+                kept |= set(tape.held)
+        if node.dequantised:
+            now = Counter(activations=sum(map(tape.bytes, kept)))
+            now["temporaries"] = sum(map(tape.bytes, (live | named) - kept))
+            now["temporaries"] += held + tape.work(node, node.output)
+            peak = max(peak, now, key=Counter.total)
+        kept |= {value.storage for value in node.kept}
+        live = {v for v in live | {node.output.storage} if uses.get(v, 0) > i}
+    return peak
 
 
 def _backward(tape, starts, checkpointing):
@@ -290,6 +369,10 @@ def _backward(tape, starts, checkpointing):
                 refs[value] += uses
         buffer = flowing.pop(node.output, None)
         if buffer:
+            work = tape.work(node, node.inputs[0]) if node.inputs and node.inputs[0].grad else 0
+            now["temporaries"] += work
+            look(i)
+            now["temporaries"] -= work
             for x in node.inputs:
                 if not x.grad:
                     continue
@@ -405,6 +488,7 @@ def measure(
     attention="fused",
     checkpointing=False,
     dtype=torch.float32,
+    device=None,
     tracker="own",
 ):
     """Run one training step and measure its memory. Returns a `Memory`, with the parts of
@@ -412,47 +496,126 @@ def measure(
 
     model   a transformers configuration of any architecture: the step runs on fake tensors, which
             have shapes but no numbers, so that 7B parameters fit a laptop. Or a model, as it is,
-            on its own device: its weights are not changed.
+            on its own device. It is left as it was: weights, gradients, checkpointing that was on,
+            modes, random numbers; of `method` nothing stays.
+    device  of a configuration: "cpu" (default), or "cuda", whose rules the fake tensors then follow
+            where they differ: dropout masks of a byte, fused attention with dropout, the workspace
+            of cuBLAS. No GPU is needed.
     tracker whose peak is the total: "own" (above), or "torch" for torch's MemTracker, which finds
-            the same bytes in several times the time, but cannot follow frozen parameters. On CUDA
-            the allocator's peak is taken.
+            the same bytes in several times the time, but cannot follow frozen parameters. Of a
+            model on CUDA the allocator's peak is taken, less what else the process has there.
     Activations are what stands between the forward and the backward pass and did not stand before,
     without the logits and what the loss keeps of them.
-    Raises ValueError for a setting that is unknown, and for torch's tracker on a frozen model.
+    Raises ValueError for a setting that is unknown or not that of the model, for a model that is no
+    causal language model, and for torch's tracker on a frozen model.
     """
-    _check(batch, seq, optimizer, precision, attention)
-    if tracker not in ("own", "torch"):
-        raise ValueError(f"tracker={tracker!r} is none of own, torch.")
-    fake = isinstance(model, PretrainedConfig)
-    with FakeTensorMode() if fake else nullcontext():
-        if fake:
-            model = _build(model, method, dtype, attention)
-        elif method is not None:
-            model = method(model)
-        return _step(model, batch, seq, optimizer, precision, checkpointing, tracker)
+    _check(method, batch, seq, optimizer, precision, attention, checkpointing, dtype,
+           device or "cpu", tracker)  # fmt: skip
+    options = (batch, seq, optimizer, precision, checkpointing, tracker)
+    if isinstance(model, PretrainedConfig):
+        rules = _RulesOfCUDA() if device == "cuda" else nullcontext()
+        with FakeTensorMode(), rules:
+            memory = _step(_build(model, method, dtype, attention), *options)
+        if device == "cuda":
+            memory.parts["workspace"] = workspace()
+            memory.total += workspace()
+        return memory
+    _refuse_model(model, attention, dtype, device)
+    with _left_as_it_was(model):
+        return _step(_prepared(model, method), *options)
+
+
+class _RulesOfCUDA(TorchFunctionMode):
+    """What CUDA does otherwise than a CPU, for tensors that say they are on a CPU: torch without
+    CUDA cannot take a step on fake tensors that say they are on a GPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is nn.functional.scaled_dot_product_attention:
+            kwargs = kwargs | {"dropout_p": 0.0}  # no mask is kept there; a CPU would leave fusion
+        if func is nn.functional.dropout:
+            x, p, training = _dropout_arguments(*args, **kwargs)
+            if training and 0 < p < 1:
+                return torch.native_dropout(x, p, training)[0]  # keeps a byte an element
+        return func(*args, **kwargs)
+
+
+def _dropout_arguments(input, p=0.5, training=True, inplace=False):
+    return input, p, training
+
+
+def _refuse_model(model, attention, dtype, device):
+    """Raise ValueError for what is no model to be measured, and settings that are not its own."""
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise ValueError(
+            "memory.measure takes a configuration or a model of transformers; it was given a "
+            f"{type(model).__name__}."
+        )
+    if kind_of(model) != CAUSAL:
+        _refuse_kind(type(model).__name__)
+    kernel, first = model.config._attn_implementation, next(model.parameters())
+    if attention == "eager" != kernel:
+        raise ValueError(f"attention='eager', but this model was loaded with {kernel!r}.")
+    if dtype not in (torch.float32, first.dtype):
+        raise ValueError(f"dtype={dtype}, but this model was loaded in {first.dtype}.")
+    if device not in (None, first.device.type):
+        raise ValueError(f"device={device!r}, but this model is on {first.device.type!r}.")
+
+
+@contextmanager
+def _left_as_it_was(model):
+    """After the block the model is what it was before, and so are the random numbers."""
+    before, config = _state(model), dict(vars(model.config))
+    gpus = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(gpus):
+            yield
+    finally:
+        _restore(model, before)
+        vars(model.config).clear()
+        vars(model.config).update(config)
 
 
 def _optimizer(name, params):
-    if name == "adamw8bit":
-        from minipeft.quantization import AdamW8bit
+    if name == "adamw":
+        return _adamw([{"params": params}], lr=0.0)
+    if name == "adamw-foreach":
+        return torch.optim.AdamW(params, lr=0.0, foreach=True)
+    if name == "sgd":
+        return torch.optim.SGD(params, lr=0.0)
+    from minipeft.quantization import AdamW8bit
 
-        return AdamW8bit(params, lr=0.0)
-    make = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[name]
-    return make(params, lr=0.0, weight_decay=0.0)
+    return AdamW8bit(params, lr=0.0)
+
+
+def _others(device, standing):
+    """Bytes on a GPU that are not among the `standing` ones of this step, as other tensors of the
+    process. cuBLAS gives its workspace back, to take it in the step as the first one does; the
+    allocator's peak begins anew."""
+    torch.cuda.synchronize(device)
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device) - standing
 
 
 def _step(model, batch, seq, optimizer, precision, checkpointing, tracker):
+    """One training step of a model, which is left in whatever state it then is."""
     params = [p for p in model.parameters() if p.requires_grad]
     device, vocab = params[0].device, model.config.vocab_size
+    if tracker == "torch" and len(params) < len(list(model.parameters())):
+        raise ValueError(
+            "torch's MemTracker puts a hook on the gradient of every parameter, which a frozen one "
+            'does not have; use tracker="own" for this model.'
+        )
     ids = torch.zeros(batch, seq, dtype=torch.int64, device=device)  # (batch, seq)
     mask = torch.ones_like(ids)
     if seq > 1:
         mask[0, 0] = 0  # a padded batch; without padding the fused kernel may leave the mask out
     inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids.clone()}
-    was_training = model.training
     model.train()
-    if checkpointing:
+    if checkpointing and not any(getattr(m, "gradient_checkpointing", 0) for m in model.modules()):
         switch_checkpointing(model, True)
+    model.zero_grad(set_to_none=True)
     update = _optimizer(optimizer, params)
     for p in params:  # a first step, so that the optimiser has its state
         p.grad = torch.zeros_like(p)
@@ -460,11 +623,6 @@ def _step(model, batch, seq, optimizer, precision, checkpointing, tracker):
     update.zero_grad(set_to_none=True)
     weights = [*model.parameters(), *model.buffers()]
     states = [t for s in update.state.values() for t in s.values() if torch.is_tensor(t)]
-    if tracker == "torch" and len(params) < len(list(model.parameters())):
-        raise ValueError(
-            "torch's MemTracker puts a hook on the gradient of every parameter, which a frozen one "
-            'does not have; use tracker="own" for this model.'
-        )
     own = Tracker([*weights, *states, *inputs.values()], batch * seq * vocab, vocab)
     standing = own.held
 
@@ -472,35 +630,28 @@ def _step(model, batch, seq, optimizer, precision, checkpointing, tracker):
         own.count = args[0].numel() // args[0].shape[-1] * vocab
 
     head = model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(positions) if head is not None else None
+    if head is not None:
+        head.register_forward_pre_hook(positions)
     theirs = MemTracker() if tracker == "torch" else nullcontext()
     if tracker == "torch":
         theirs.track_external(model, update, *inputs.values())
     if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
+        others = _others(device, standing)
     half = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
-    try:
-        with theirs, own:
-            with half:
-                loss = model(**inputs, use_cache=False).loss
-            activations = own.held - own.wide_held - standing
-            loss.backward()
-            before = own.peak
-            gradients = _storages([p.grad for p in params])
-            update.step()
-    finally:
-        if handle is not None:
-            handle.remove()
-        if checkpointing:
-            switch_checkpointing(model, False)
-        model.train(was_training)
-        update.zero_grad(set_to_none=True)
+    with theirs, own:
+        with half:
+            loss = model(**inputs, use_cache=False).loss
+        activations = own.held - own.wide_held - standing
+        loss.backward()
+        before = own.peak
+        gradients = _storages([p.grad for p in params])
+        torch._foreach_zero_([p.grad for p in params])  # one that is not finite changes no weight
+        update.step()
     total = own.peak
     if tracker == "torch":
         total = sum(sizes["Total"] for sizes in theirs.get_tracker_snapshot("peak").values())
     if device.type == "cuda":
-        total = torch.cuda.max_memory_allocated()
+        total = torch.cuda.max_memory_allocated(device) - others
     parts = dict.fromkeys(PARTS) | {
         "parameters": _storages(weights),
         "gradients": gradients,

@@ -19,6 +19,9 @@ from transformers import (
     Qwen2Config,
 )
 
+from minipeft.freezing import shown
+from minipeft.trial import close
+
 # Grouped-query attention: two key-value heads serve four query heads.
 GQA = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -77,26 +80,63 @@ def _tiny(name, seed):
         vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config)
+    # The caller's random states stay as they were: the CPU's is put back, and those of the GPUs,
+    # which torch.manual_seed would seed too, are not touched.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return model, tokenizer
 
 
 def _pretrained(source, dtype, local):
-    from minipeft.assets import _quiet  # late, so that `python -m minipeft.assets` stays silent
+    """A model and its tokenizer as files hold them; AssetError if they hold more or less."""
+    from minipeft.assets import AssetError, _quiet  # late: `python -m minipeft.assets` stays silent
 
     with _quiet():
-        options = {"local_files_only": local}
+        options = {"local_files_only": local, "trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        # Never a pickle.
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
-            use_safetensors=True,
+            use_safetensors=True,  # never a pickle
+            output_loading_info=True,
             **options,
         )
+    name = type(model).__name__
+    if found["missing_keys"]:
+        raise AssetError(
+            f"{source} lacks {_some(found['missing_keys'])}, so {name} would have random numbers "
+            "there; give a causal language model, saved whole."
+        )
+    unread = [key for key in found["unexpected_keys"] if key.endswith("weight")]
+    if unread:
+        raise AssetError(
+            f"{source} has {_some(unread)}, which {name} would leave out; give a causal language "
+            "model as save_pretrained writes it."
+        )
+    if getattr(model, "is_quantized", False):
+        raise AssetError(f"{source} is quantised already; load the plain model and quantise that.")
+    known, rows = tokenizer.vocab_size, model.get_input_embeddings().num_embeddings
+    if known > rows:
+        raise AssetError(f"The tokenizer of {source} has {known} tokens, and {name} knows {rows}.")
+    with torch.no_grad():  # does what comes after a token change what the model says there?
+        ids = [torch.tensor([[rows // 2, rows // 2 - i]]) for i in (1, 2)]  # each (1, 2)
+        one, other = (model(input_ids=pair).logits[:, 0] for pair in ids)
+    if not one.isfinite().all():
+        raise AssetError(
+            f"{source} in {dtype} gives numbers that are not finite; its weights are damaged, or "
+            "too large for that type."
+        )
+    if not close(one, other):
+        raise AssetError(
+            f"{source} is no causal language model: in {name} a token sees those after it."
+        )
     return model, tokenizer
+
+
+def _some(keys):
+    keys = sorted(map(str, keys))
+    return keys[0] if len(keys) == 1 else f"{keys[0]} and {len(keys) - 1} more"
 
 
 def load_base(name="smollm2", device=None, dtype=torch.float32, seed=0):
@@ -107,10 +147,21 @@ def load_base(name="smollm2", device=None, dtype=torch.float32, seed=0):
     "tiny-gpt2", "tiny-bloom", "tiny-qwen2", "tiny-gpt_neox" (weights drawn from `seed`), a folder
     that `save_pretrained` wrote, or the id of a causal model on the Hugging Face hub.
     A tokenizer without a pad token pads with its end token, which is harmless as long as padding
-    is masked by position (claim 2). Raises AssetError in one sentence if the model cannot be had.
+    is masked by position (claim 2). `dtype` is float16, bfloat16, float32 or float64 of torch.
+    Code that a folder or the hub brings is never run, and pickled weights are not read.
+    Raises AssetError in one sentence if the model cannot be had, ValueError for other bad input.
     """
     from minipeft.assets import AssetError, fetch_base_model
 
+    if not isinstance(name, str | os.PathLike):
+        raise ValueError(f"name={shown(name)} is neither the name of a model nor a folder.")
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(
+            f"dtype={shown(dtype)} is none of torch.float16, bfloat16, float32 and float64."
+        )
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise ValueError(f"seed={shown(seed)} is no whole number from 0 to 2**64 - 1.")
+    device = pick_device() if device is None else _device(device)
     name = os.fspath(name)
     if name in TINY or name == "tiny":
         model, tokenizer = _tiny("tiny-llama" if name == "tiny" else name, seed)
@@ -127,20 +178,33 @@ def load_base(name="smollm2", device=None, dtype=torch.float32, seed=0):
                 "an end token to train on; choose another model."
             )
         tokenizer.pad_token = tokenizer.eos_token
-    if model.config.pad_token_id is None:
+    if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     if model.generation_config.pad_token_id is None:  # else generate prints a warning
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.minipeft_tokenizer = tokenizer  # for soft prompts that start at a text
-    return model.to(device=device or pick_device(), dtype=dtype).eval(), tokenizer
+    return model.to(device=device, dtype=dtype).eval(), tokenizer
+
+
+def _device(device):
+    """The torch.device of that name, if it is here."""
+    try:
+        if isinstance(device, bool):
+            raise TypeError("True and False name no device")
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"device={shown(device)} cannot be used here ({_first_line(error)}); leave it out to "
+            f"take {pick_device()}."
+        ) from error
 
 
 def _named(name, dtype):
     """A model from a folder or from the hub; every failure becomes one sentence."""
     from minipeft.assets import AssetError
 
-    folder = Path(name).expanduser()
-    if name and folder.is_dir():
+    folder = Path(os.path.expanduser(name))
+    if name and os.path.isdir(folder):
         if not (folder / "config.json").is_file():
             raise AssetError(
                 f"The folder {name} holds no model: it has no config.json; give a folder that "
@@ -148,6 +212,8 @@ def _named(name, dtype):
             )
         try:
             return _pretrained(folder, dtype, local=True)
+        except AssetError:
+            raise
         except Exception as error:
             raise AssetError(
                 f"The folder {name} holds no causal language model that transformers can load "
@@ -157,6 +223,8 @@ def _named(name, dtype):
         raise AssetError(f"There is no folder {name!r}, and it is no name of a model on the hub.")
     try:
         return _pretrained(name, dtype, local=False)
+    except AssetError:
+        raise
     except Exception as error:
         raise AssetError(
             f"{name!r} is neither smollm2, tiny, {', '.join(TINY)} nor a folder, and the Hugging "

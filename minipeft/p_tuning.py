@@ -13,6 +13,7 @@ from torch import nn
 
 from minipeft.freezing import refuse_size
 from minipeft.virtual_tokens import (
+    UNDERSTOOD,
     attach,
     count_positions,
     embedded,
@@ -21,6 +22,7 @@ from minipeft.virtual_tokens import (
     peft_config,
     place_of,
     refuse,
+    refuse_other_sizes,
     table_of_state,
     width_of,
 )
@@ -83,6 +85,8 @@ def add_p_tuning(
     """
     if encoder not in ENCODERS:
         raise ValueError(f"encoder={encoder!r} is none of {', '.join(map(repr, ENCODERS))}.")
+    if placeholder_id is not None and type(placeholder_id) is not int:
+        raise ValueError(f"placeholder_id={placeholder_id!r} is no token id; give a whole number.")
     refuse(model, num_virtual_tokens)
     hidden = width_of(model)
     width = hidden if encoder_hidden_size is None else encoder_hidden_size
@@ -146,15 +150,23 @@ def _table(model, vectors, placeholder_id):
 # ---- the folder format of HF peft (checkpoints.py) ---------------------------------------------
 
 
-def reads(config):
-    return config.get("peft_type") in (PEFT_TYPE, TEMPLATE)
+# Beside what all virtual tokens have: the encoder, which a folder no longer holds, and a template.
+READS = UNDERSTOOD | dict.fromkeys(
+    [
+        "encoder_reparameterization_type",
+        "encoder_hidden_size",
+        "encoder_num_layers",
+        "encoder_dropout",
+        "placeholder_id",
+    ]
+)
 
 
 def to_peft(model):
     """(adapter_config, {key: tensor}) as HF peft writes them: the folded vectors, no encoder."""
     written = model.virtual_tokens
     vectors = written()
-    config = peft_config(model, written, model.config.num_attention_heads, vectors.shape[1])
+    config = peft_config(model, vectors.shape[1])
     config["encoder_reparameterization_type"] = (written.encoder or "mlp").upper()
     config["encoder_hidden_size"] = written.width or vectors.shape[1]
     if written.place == "template":
@@ -164,7 +176,11 @@ def to_peft(model):
 
 def from_peft(model, config, state):
     """Add the vectors of an adapter, folded, to `model`. Raises ValueError if they do not fit."""
-    n = config["num_virtual_tokens"]
+    n, hole = config.get("num_virtual_tokens"), config.get("placeholder_id")
     refuse(model, n)
-    vectors = table_of_state(state, (n, model.get_input_embeddings().weight.shape[1]))
-    return _attached(model, _table(model, vectors, config.get("placeholder_id")))
+    if type(hole) is not (int if config["peft_type"] == TEMPLATE else type(None)):
+        raise ValueError(f"placeholder_id={hole!r} does not go with {config['peft_type']}.")
+    width = width_of(model)
+    refuse_other_sizes(config, token_dim=width)
+    vectors = table_of_state(state, (n, width))
+    return _attached(model, _table(model, vectors, hole))

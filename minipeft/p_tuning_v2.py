@@ -16,6 +16,7 @@ from torch import nn
 from minipeft.prefix_attention import table_of_attention
 from minipeft.trial import keeps_cache, states_of
 from minipeft.virtual_tokens import (
+    UNDERSTOOD,
     attach,
     key_value_shape,
     ordinary_tokens,
@@ -26,7 +27,7 @@ from minipeft.virtual_tokens import (
     refusing,
     survive_checkpointing,
     table_of_cache,
-    table_of_state,
+    table_of_prefix,
     trial_words,
 )
 
@@ -88,6 +89,8 @@ def add_p_tuning_v2(model, num_virtual_tokens=10, form="key_value"):
         virtual_tokens = KeyValues(*key_values_of(model, words))
     else:
         with refusing(model):
+            if keeps_cache(model, words):  # then `fold_p_tuning_v2` will need one of this shape
+                key_value_shape(model)
             virtual_tokens = HiddenStates(_states_of(model, words))
     return attach(model, virtual_tokens, "p_tuning_v2")
 
@@ -112,7 +115,8 @@ def key_values_of(model, words=None):
     words = trial_words(model)[None, :1] if words is None else words
     with refusing(model):
         if keeps_cache(model, words):
-            return table_of_cache(model, words, words.shape[1]), key_value_shape(model), "cache"
+            shape = key_value_shape(model)
+            return table_of_cache(model, words, words.shape[1]), shape, "cache"
         return *table_of_attention(model, words), "attention"
 
 
@@ -144,8 +148,7 @@ def _table(model):
 # ---- the folder format of HF peft (checkpoints.py) ---------------------------------------------
 
 
-def reads(config):
-    return config.get("peft_type") == PEFT_TYPE and config.get("task_type") == "SEQ_CLS"
+READS = UNDERSTOOD | dict.fromkeys(["encoder_hidden_size", "prefix_projection", "init_weights"])
 
 
 def to_peft(model):
@@ -155,17 +158,14 @@ def to_peft(model):
     """
     virtual = model.virtual_tokens
     shape = key_value_shape(model) if virtual.place == "hidden" else virtual.shape
-    _, kv_heads, head_dim = shape
-    config = peft_config(model, virtual, kv_heads, kv_heads * head_dim)
+    config = peft_config(model, None, shape)
     config["prefix_projection"] = False
     return config, {"prompt_embeddings": _table(model)}
 
 
 def from_peft(model, config, state):
-    """Add keys and values and the head of an adapter. Raises ValueError if they do not fit."""
-    n = config["num_virtual_tokens"]
-    refuse(model, n, head="any")
-    _, (layers, kv_heads, head_dim), place = key_values_of(model)
-    table = table_of_state(state, (n, layers * 2 * kv_heads * head_dim))
-    table = table.to(**place_of(model), copy=True)
-    return attach(model, KeyValues(table, (layers, kv_heads, head_dim), place), "p_tuning_v2")
+    """Add the keys and values of an adapter. Raises ValueError if they do not fit."""
+    refuse(model, config.get("num_virtual_tokens"), head="any")
+    _, shape, place = key_values_of(model)
+    table = table_of_prefix(config, state, shape).to(**place_of(model), copy=True)
+    return attach(model, KeyValues(table, shape, place), "p_tuning_v2")

@@ -10,6 +10,7 @@ from torch import nn
 
 from minipeft.freezing import refuse_size
 from minipeft.virtual_tokens import (
+    UNDERSTOOD,
     attach,
     key_value_shape,
     peft_config,
@@ -17,7 +18,7 @@ from minipeft.virtual_tokens import (
     place_of,
     refuse,
     table_of_cache,
-    table_of_state,
+    table_of_prefix,
     token_ids,
 )
 
@@ -133,22 +134,19 @@ def _of_table(model, table):
 # ---- the folder format of HF peft (checkpoints.py) ---------------------------------------------
 
 
-def reads(config):
-    return config.get("peft_type") == PEFT_TYPE and config.get("task_type") != "SEQ_CLS"
+# Beside what all virtual tokens have: the MLP, which a folder no longer holds, and the start.
+READS = UNDERSTOOD | dict.fromkeys(["encoder_hidden_size", "prefix_projection", "init_weights"])
 
 
 def to_peft(model):
     """(adapter_config, {key: tensor}) as HF peft writes them: the folded table, no MLP."""
-    _, kv_heads, head_dim = model.virtual_tokens.shape
-    config = peft_config(model, model.virtual_tokens, kv_heads, kv_heads * head_dim)
+    config = peft_config(model, None, model.virtual_tokens.shape)
     config["prefix_projection"] = False
     return config, {"prompt_embeddings": model.virtual_tokens.table()}
 
 
 def from_peft(model, config, state):
     """Add the prefix of an adapter to `model`. Raises ValueError if it does not fit."""
-    n = config["num_virtual_tokens"]
-    refuse(model, n)
-    layers, kv_heads, head_dim = key_value_shape(model)
-    table = table_of_state(state, (n, layers * 2 * kv_heads * head_dim))
+    refuse(model, config.get("num_virtual_tokens"))
+    table = table_of_prefix(config, state, key_value_shape(model))
     return attach(model, _of_table(model, table), "prefix_tuning")

@@ -7,15 +7,19 @@ Dettmers et al. 2023, "QLoRA", section 3.
 """
 
 import math
+from functools import cache
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import linear, pad
 from transformers.pytorch_utils import Conv1D
 
-from minipeft.freezing import freeze
+from minipeft.freezing import blocks, freeze, refuse_size
+from minipeft.technique import has_numbers
 
 BLOCK_8BIT = 256
+LINEAR = (nn.Linear, Conv1D)
 
 
 def nf4_code():
@@ -52,6 +56,27 @@ def dynamic_code(signed):
     return torch.cat(values).sort().values.float()  # (256,)
 
 
+def nf4_pairs():
+    """The two float32 values that each byte stands for, as one integer of 8 bytes, (256,): one
+    look-up then copies both."""
+    code = nf4_code()
+    return torch.cartesian_prod(code, code).view(torch.int64).flatten()
+
+
+def table(make, like, *args):
+    """make(*args) on the device of the tensor `like`, made once for each device: a table that came
+    from the host at every use would make a GPU wait."""
+    if isinstance(like, FakeTensor):  # such a tensor ends with the mode that made it
+        return make(*args).to(like.device)
+    return _made_once(make, like.device, *args)
+
+
+@cache
+def _made_once(make, device, *args):
+    with torch.inference_mode(False):
+        return make(*args).to(device)
+
+
 def quantize(x, code, block_size):
     """Nearest code of every element, block by block. x: any shape, taken flat and filled up to
     whole blocks with zeros. Returns codes, uint8 (blocks, block_size), and absmax, float32
@@ -65,8 +90,8 @@ def quantize(x, code, block_size):
 
 def dequantize(codes, absmax, code, count):
     """The first `count` numbers that the codes stand for, float32 (count,)."""
-    values = code.to(codes.device)[codes.int()] * absmax[:, None]  # (blocks, block_size)
-    return values.flatten()[:count]
+    values = code.to(codes.device).index_select(0, codes.flatten().int()).view_as(codes)
+    return values.mul_(absmax[:, None]).flatten()[:count]
 
 
 class NF4Linear(nn.Linear):
@@ -75,90 +100,150 @@ class NF4Linear(nn.Linear):
     With `double`, the absmax of the blocks are themselves kept in 8 bits, in blocks of 256 and
     around their mean (QLoRA, section 3, "Double Quantization"). A weight then takes
     4 + 8/64 + 32/(64 * 256) = 4.127 bits, without it 4 + 32/64 = 4.5.
-    weight: (out, in), any floating type. bias: (out,) or None.
+    weight: (out, in), of a floating type, kept as `dtype`. bias: (out,) or None.
     """
 
     def __init__(self, weight, bias=None, block_size=64, double=True):
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
         self.block_size, self.double, self.dtype = block_size, double, weight.dtype
-        codes, absmax = quantize(weight.detach(), nf4_code().to(weight.device), block_size)
+        codes, absmax = quantize(weight.detach(), table(nf4_code, weight), block_size)
         codes = codes.flatten()
         self.register_buffer("codes", codes[::2] * 16 + codes[1::2])  # two codes a byte
         if double:
             self.register_buffer("mean", absmax.mean())
-            codes, outer = quantize(absmax - self.mean, dynamic_code(signed=True), BLOCK_8BIT)
-            self.register_buffer("absmax_codes", codes.flatten()[: len(absmax)].clone())
-            absmax = outer
+            code = table(dynamic_code, weight, True)
+            codes, absmax = quantize(absmax - self.mean, code, BLOCK_8BIT)
+            self.register_buffer("absmax_codes", codes.flatten())  # whole blocks of 256
         self.register_buffer("absmax", absmax)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), False)
 
     @property
     def weight(self):
         """The weight that the codes stand for, (out, in); a new tensor at each call."""
+        return self._weight(self.dtype)
+
+    @property
+    def weight_count(self):
+        """How many weights the codes stand for."""
+        return self.out_features * self.in_features
+
+    def _weight(self, dtype):
+        """W (out, in) in `dtype`; takes 6 bytes a weight while it works."""
         absmax = self.absmax  # (blocks,)
         if self.double:
-            count = len(self.absmax_codes)
-            codes = pad(self.absmax_codes, (0, -count % BLOCK_8BIT)).view(-1, BLOCK_8BIT)
-            absmax = dequantize(codes, absmax, dynamic_code(signed=True), count) + self.mean
-        code = nf4_code().to(self.codes.device)
-        pairs = torch.cartesian_prod(code, code)  # (256, 2): what each byte stands for
-        values = pairs[self.codes.int()].view(-1, self.block_size) * absmax[:, None]
-        count = self.out_features * self.in_features
-        return values.flatten()[:count].view(self.out_features, self.in_features).to(self.dtype)
+            code = table(dynamic_code, self.codes, True)
+            factors = code.index_select(0, self.absmax_codes.int()).view(-1, BLOCK_8BIT)
+            absmax = torch.addcmul(self.mean, factors, absmax[:, None]).flatten()
+        pairs = table(nf4_pairs, self.codes).index_select(0, self.codes.int())
+        values = pairs.view(torch.float32).view(-1, self.block_size)
+        values.mul_(absmax[: len(values), None])
+        weight = values.flatten()[: self.weight_count].view(self.out_features, self.in_features)
+        return weight.to(dtype)
 
     def forward(self, x):
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        return _Frozen.apply(x, self)  # (..., out)
+        return _Frozen.apply(x, self.bias, self)  # (..., out)
+
+    def _apply(self, fn, recurse=True):
+        """What .to(), .half() or .cuda() do to each tensor. A new type is the type of the weight;
+        the numbers that it is made from stay as exact as they are."""
+        own = list(self.buffers())
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
+
+        def moved(t):
+            new = fn(t)
+            kept = new.dtype != t.dtype and any(t is buffer for buffer in own)
+            return t.to(new.device) if kept else new
+
+        return super()._apply(moved, recurse)
+
+    def extra_repr(self):
+        bits = f"NF4, block_size={self.block_size}, double={self.double}, dtype={self.dtype}"
+        return f"{super().extra_repr()}, {bits}"
 
     def on_paper(self, tape, x, out):
         """For `memory.estimate`: nothing is kept, the weight is made again going backward."""
-        x = tape.cast(x, 2) if tape.autocast else x
-        return tape.node("4-bit", [x], f"{x.shape.rsplit(' ', 1)[0]} {out}", x.width)
+        return tape.linear_in_4_bits(x, self, out)
 
 
 class _Frozen(torch.autograd.Function):
     """x W^T + b that keeps neither x (W is not trained) nor W (16 bits of it would undo the 4)."""
 
     @staticmethod
-    def forward(ctx, x, layer):
-        ctx.layer = layer
-        bias = None if layer.bias is None else layer.bias.to(x.dtype)
-        return linear(x, layer.weight.to(x.dtype), bias)
+    def forward(ctx, x, bias, layer):
+        ctx.layer, ctx.bias_dtype = layer, None if bias is None else bias.dtype
+        return linear(x, layer._weight(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx, grad):
-        return grad @ ctx.layer.weight.to(grad.dtype), None  # (..., in)
+        for_x, for_bias, _ = ctx.needs_input_grad
+        dx = grad @ ctx.layer._weight(grad.dtype) if for_x else None  # (..., in)
+        # W is frozen, but a bias may be trained, as BitFit does
+        db = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype) if for_bias else None
+        return dx, db, None
 
 
 def quantize_base(model, block_size=64, double=True):
-    """Freeze `model` and keep the linear layers of its decoder blocks in NF4. Returns the model.
+    """Freeze `model` and keep the linear layers of its blocks in NF4. Returns the model.
 
-    Embeddings, norms and the head stay as they are. LoRA goes on top with `add_lora`, but cannot be
-    merged into 4 bits. Raises ValueError for an odd block size, and a model whose blocks hold no
-    linear layer, or layers changed by a technique already.
+    Whatever stands outside the blocks stays as it is: embeddings and their projections, a pooler,
+    the head of a language model or classifier; so do the norms. print(model) shows which layers are
+    NF4Linear. LoRA goes on top with `add_lora`, but cannot be merged into 4 bits.
+    Raises ValueError for an odd block size, for a model without a list of blocks, for one that is
+    quantised or changed by a technique already, for weights that are no finite numbers, and for
+    blocks whose weights are mostly not in linear layers, as those of fused experts (mixtures of
+    experts in transformers 5): they would stay as large as they are.
     """
-    if block_size < 2 or block_size % 2:
+    refuse_size("block_size", block_size, "number of weights")
+    if block_size % 2:
         raise ValueError(f"block_size={block_size} must be even: two codes share a byte.")
-    if hasattr(model, "minipeft_technique"):
+    if not isinstance(double, bool):
+        raise ValueError(f"double={double!r} must be True or False.")
+    if hasattr(model, "minipeft_technique") or hasattr(model, "peft_config"):
         raise ValueError("Quantise the base first, and add the technique to what comes out.")
-    head = model.get_output_embeddings()
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
-    ]
-    if not found or any(isinstance(module, NF4Linear) for _, module in found):
-        raise ValueError("This model has no linear layer left to quantise.")
+    if getattr(model, "is_quantized", False):
+        raise ValueError("transformers has quantised this model already; load it in full.")
+    stack = blocks(model)
+    _refuse_weights(model, stack)
     freeze(model)
-    for name, layer in found:
-        parent, _, last = name.rpartition(".")
-        weight = layer.weight if isinstance(layer, nn.Linear) else layer.weight.T
-        small = NF4Linear(weight, layer.bias, block_size, double).train(layer.training)
-        setattr(model.get_submodule(parent), last, small)
+    small = {}  # {id of a layer: its NF4Linear}; one that several blocks share stays shared
+    for parent in list(stack.modules()):
+        for name, layer in list(parent._modules.items()):
+            if isinstance(layer, LINEAR):
+                if id(layer) not in small:
+                    weight = layer.weight if isinstance(layer, nn.Linear) else layer.weight.T
+                    small[id(layer)] = NF4Linear(weight, layer.bias, block_size, double)
+                setattr(parent, name, small[id(layer)].train(layer.training))
     return model
+
+
+def _refuse_weights(model, stack):
+    """Raise ValueError, before anything is changed, for blocks that cannot be kept in NF4."""
+    layers = [module for module in stack.modules() if isinstance(module, LINEAR)]
+    if not layers or any(isinstance(layer, NF4Linear) for layer in layers):
+        raise ValueError("This model has no linear layer left to quantise.")
+    names = {p: name for name, p in model.named_parameters()}
+    linear = {layer.weight for layer in layers}
+    other = {p for p in stack.parameters() if p.ndim > 1} - linear
+    stays = sum(p.numel() for p in other)
+    share = stays / (stays + sum(p.numel() for p in linear))
+    if share > 0.1:  # convolutions and routers are some 2 % at most
+        largest = names[max(other, key=torch.numel)]
+        raise ValueError(
+            f"{share:.0%} of the weights of the blocks of this {type(model).__name__} are in no "
+            f"linear layer, as {largest}, and would not become smaller; quantize_base has no form "
+            "for them, such as fused experts."
+        )
+    real = has_numbers(model)
+    for weight in linear:
+        if not weight.is_floating_point() or (real and not weight.isfinite().all()):
+            raise ValueError(
+                f"{names.get(weight, 'A weight')} ({weight.dtype}) cannot be kept in NF4: it is "
+                "no floating-point number, or NaN or infinite in places."
+            )
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -189,12 +274,15 @@ class AdamW8bit(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict):
-        """As torch's, which casts all state to the type of the parameter; codes are bytes again."""
+        """As torch's, which would cast all state to the type of the parameter; here it keeps its
+        own: codes are bytes, and moments and absmax float32 for any parameter."""
         super().load_state_dict(state_dict)
-        for state in self.state.values():
-            for name in ("m", "v"):
-                if f"{name}_absmax" in state:
-                    state[name] = state[name].to(torch.uint8)
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for key, p in zip(keys, params, strict=True):
+            for name, value in state_dict["state"].get(key, {}).items():
+                if torch.is_tensor(value):
+                    self.state[p][name] = value.to(p.device, copy=True)
 
     def _update(self, p, group):
         state, (beta1, beta2) = self.state[p], group["betas"]
@@ -213,12 +301,12 @@ class AdamW8bit(torch.optim.Optimizer):
             return torch.zeros_like(p, dtype=torch.float32)
         if f"{name}_absmax" not in state:
             return state[name]
-        code = dynamic_code(signed=name == "m")
+        code = table(dynamic_code, p, name == "m")
         return dequantize(state[name], state[f"{name}_absmax"], code, p.numel()).view(p.shape)
 
     def _write(self, state, name, moment):
         if moment.numel() < 4096:
             state[name] = moment.clone()
         else:
-            code = dynamic_code(signed=name == "m")
+            code = table(dynamic_code, moment, name == "m")
             state[name], state[f"{name}_absmax"] = quantize(moment, code, BLOCK_8BIT)

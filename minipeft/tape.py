@@ -46,6 +46,7 @@ class Node:
     kept: list
     weights: list = field(default_factory=list)  # parameters that get a gradient here
     fresh: bool = True
+    dequantised: int = 0  # numbers of a weight that is made anew from 4 bits each time
 
 
 class Tape:
@@ -72,6 +73,14 @@ class Tape:
     def bytes(self, value):
         """Bytes of the memory that a value stands in."""
         return self.count(value.storage.shape) * value.storage.width
+
+    def work(self, node, product):
+        """Bytes in use while a weight is made from 4 bits and multiplied, 0 for other nodes: codes
+        as int32 beside float32, then the type of the product beside float32; last, the weight
+        beside the product."""
+        n, width = node.dequantised, node.output.width
+        return max(n * (6 if width == 4 else 4 + width),
+                   n * width + self.count(product.shape) * product.width) if n else 0  # fmt: skip
 
     def node(self, name, inputs, shape, width, kept=(), weights=(), fresh=True):
         """Write one operation down. Returns its output."""
@@ -128,6 +137,15 @@ class Tape:
         kept += [x] * weight.requires_grad
         shape = f"{x.shape.rsplit(' ', 1)[0]} {out}"
         return self.node(name, [x], shape, width, kept, [weight, bias])
+
+    def linear_in_4_bits(self, x, layer, out):
+        """y = x W with W made anew from its codes, going forward and backward: keeps nothing."""
+        if self.autocast:
+            x = self.cast(x, 2)
+        shape = f"{x.shape.rsplit(' ', 1)[0]} {out}"
+        y = self.node("4-bit", [x], shape, x.width, weights=[layer.bias])
+        self.nodes[-1].dequantised = layer.weight_count
+        return y
 
     def apply(self, module, x, out, name):
         """A linear layer, or what a technique put in its place: that says itself what it does, in

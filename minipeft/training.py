@@ -5,12 +5,14 @@ import json
 import math
 import random
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from numbers import Integral, Real
 
 import numpy
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
@@ -18,34 +20,49 @@ from minipeft.distributed import (
     leads,
     lost_a_rank,
     my_rows,
+    own_noise,
     ranks,
     sum_gradients,
     total,
     wait,
     whole,
 )
+from minipeft.freezing import refuse_no_model, shown
+from minipeft.losses import (
+    count_targets,
+    loss_sum,
+    refuse_batch,
+    refuse_kind,
+    refuse_no_targets,
+)
 from minipeft.resume import (
+    begin_anew,
     copy_of,
-    discard_all_but,
+    damaged,
     fingerprint,
     load_tensors,
     newest,
     put_back,
     random_states,
     read_state,
+    refuse_names_in_the_way,
     save_checkpoint,
     set_random_states,
     trainables,
 )
 
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+READ_EVERY = 10  # steps: to read a loss, the host waits until a GPU has done all that was begun
+DEFAULT_LOSS = loss_sum
 
 
 @dataclass
 class History:
     """What training did. The lists have one entry per optimiser step, the eval lists one per
-    evaluation. Losses are in nats per target token; `grad_norm` is taken before clipping and is
-    inf where float16 gradients overflowed and the step was skipped; `lr` has no unit."""
+    evaluation. Losses are means over the targets: nats per target token of a language model, nats
+    per row of a classifier, and so on (the table in losses.py). `grad_norm` is taken before
+    clipping and is inf where float16 gradients overflowed and the step was skipped; `lr` has no
+    unit."""
 
     train_loss: list = field(default_factory=list)
     lr: list = field(default_factory=list)
@@ -58,14 +75,25 @@ class History:
         """The number of steps after which the evaluation loss was lowest, or None."""
         if not self.eval_loss:
             return None
-        return self.eval_step[self.eval_loss.index(min(self.eval_loss))]
+        lowest = min(self.eval_loss, key=lambda loss: math.inf if math.isnan(loss) else loss)
+        return self.eval_step[self.eval_loss.index(lowest)]
 
     def to_json(self):
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text):
-        return cls(**json.loads(text))
+        """The History of which `to_json` made this text. Raises ValueError for another text."""
+        try:
+            history = cls(**json.loads(text))
+            columns = asdict(history).values()
+            if not all(isinstance(v, int | float) for column in columns for v in column):
+                raise ValueError("not everything in it is a number")
+            if len(history.eval_step) != len(history.eval_loss):
+                raise ValueError("eval_step and eval_loss are not as long as each other")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{shown(text)} is no history in JSON: {error}.") from error
+        return history
 
     def plot(self, ax=None):
         """Draw both losses over the steps. Returns the axes."""
@@ -83,63 +111,47 @@ class History:
         return ax
 
 
-def count_targets(batch):
-    """How many tokens of a batch are predicted. Label 0 of a row never is: nothing precedes it."""
-    return int((batch["labels"][:, 1:] != -100).sum())
-
-
-def loss_sum(model, batch):
-    """Cross-entropy summed over the target tokens of a batch, in nats, computed in float32.
-
-    The logits at position t predict the label at t + 1. Positions before the first target need no
-    logits, and they are the largest tensor of the step, so only the last `keep` are asked for.
-    """
-    device = next(model.parameters()).device
-    batch = {name: value.to(device) for name, value in batch.items()}
-    labels = batch.pop("labels")[:, 1:]  # (batch, seq - 1)
-    if not (labels != -100).any():  # other ranks have the targets; this one adds nothing
-        return model(**batch, use_cache=False, logits_to_keep=1).logits.sum() * 0.0
-    first = int((labels != -100).any(0).nonzero()[0])
-    keep = labels.shape[1] - first + 1
-    logits = model(**batch, use_cache=False, logits_to_keep=keep).logits[:, -keep:-1]
-    targets = labels[:, first:]  # (batch, keep - 1)
-    counted = targets != -100
-    logits = logits[counted]  # (targets, vocab)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return cross_entropy(logits, targets[counted], reduction="sum")
-
-
-def _checked(batches):
-    """Yield the batches; refuse one that has nothing to learn from."""
-    for i, batch in enumerate(batches):
-        if "labels" not in batch:
-            raise ValueError(f"Batch {i} has no labels, only {sorted(batch)}.")
-        if not count_targets(batch):
-            raise ValueError(
-                f"Batch {i} has no target token: every label after the first is -100, so there is "
-                "nothing to predict. Were the answers empty or cut off?"
-            )
+def _checked(batches, model, refuse=refuse_batch):
+    """Yield the batches; refuse one that has nothing to learn from, or not for this model."""
+    try:
+        batches = enumerate(batches)
+    except TypeError as error:
+        raise ValueError(f"{shown(batches)} are no batches; pass a list of them.") from error
+    for i, batch in batches:
+        if not isinstance(batch, Mapping) or not all(map(torch.is_tensor, batch.values())):
+            raise ValueError(f"Batch {i} is {shown(batch)}, no dict of tensors; use a Collator.")
+        refuse(batch, i, model)
         yield batch
+
+
+def _zero(device):
+    """A sum to begin with, on the device and as exact as the device can."""
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    return torch.zeros((), dtype=wide, device=device)
 
 
 @torch.no_grad()
 def evaluate(model, batches):
-    """Mean loss in nats per target token (not the mean of batch means: batches differ in length).
+    """Mean loss per target, in nats per token for a causal language model; other models take their
+    own loss (the table in losses.py). Not the mean of batch means: batches differ in length.
 
-    Raises ValueError if there is no batch, or one without a target token.
+    Raises ValueError if there is no batch, for one without a target or that does not fit the
+    model, and for a model whose loss is not known.
     """
+    refuse_no_model(model)
     was_training = model.training
     model.eval()
     try:
-        loss, targets = 0.0, 0
-        for batch in _checked(batches):
-            loss += total(loss_sum(model, my_rows(batch)).item())
-            targets += count_targets(batch)
+        loss, targets = _zero(next(model.parameters()).device), 0
+        for batch in _checked(batches, model):
+            rows, share = my_rows(batch)
+            loss = loss + loss_sum(model, rows).to(loss.device) * share
+            targets += count_targets(batch, model)
     finally:
         model.train(was_training)
     if not targets:
         raise ValueError("There is no batch to evaluate on.")
-    return loss / targets
+    return total(loss).item() / targets
 
 
 def decay_groups(model, weight_decay):
@@ -151,10 +163,12 @@ def decay_groups(model, weight_decay):
     """
     matrices, tables = set(), set()
     for module in model.modules():
+        # Not `module.weight`: in a 4-bit layer that is no parameter, but made anew at each look.
+        weight = {module._parameters.get("weight")} - {None}
         if isinstance(module, (nn.Linear, Conv1D)):
-            matrices.add(module.weight)
+            matrices |= weight
         elif isinstance(module, nn.Embedding):
-            tables.add(module.weight)
+            tables |= weight
     params = list(trainables(model).values())
     decayed = [p for p in params if p in matrices - tables]
     others = [p for p in params if p not in matrices - tables]
@@ -171,7 +185,7 @@ def learning_rate(step, lr, warmup_steps, max_steps):
     return lr * (max_steps - step) / max(1, max_steps - warmup_steps)
 
 
-def _endless(batches, place, states=None):
+def _endless(batches, place, check, states=None):
     """Yield batches epoch after epoch. `place` always tells where the next one stands.
 
     When resuming, `states` are the random states of the checkpoint: the epoch is begun again from
@@ -194,7 +208,7 @@ def _endless(batches, place, states=None):
         if states:
             set_random_states(states, batches)
             states = None
-        for batch in _checked(iterator):
+        for batch in check(iterator):
             place["index"] += 1
             yield batch
         if not place["index"]:
@@ -215,11 +229,26 @@ def switch_checkpointing(model, on):
     method({"use_reentrant": False}) if on else method()
 
 
-def _refuse_bad_input(model, batches, device, precision, whole_numbers, groups):
+def _is_number(value, least, kind):
+    return isinstance(value, kind) and not isinstance(value, bool) and least <= value < math.inf
+
+
+def _refuse_bad_input(
+    model, batches, eval_batches, device, precision, whole_numbers, groups, max_grad_norm, seed
+):
     """Raise ValueError, with what to do, for input that cannot train."""
     for name, value in whole_numbers.items():
-        if value is not None and (isinstance(value, float) or value < (name != "warmup_steps")):
-            raise ValueError(f"{name}={value} is not a number of steps or batches.")
+        if value is None and name in ("eval_every", "save_every"):
+            continue
+        if not _is_number(value, int(name != "warmup_steps"), Integral):
+            raise ValueError(f"{name}={value!r} is not a number of steps or batches.")
+    for name, value in ((name, g[name]) for g in groups for name in ("lr", "weight_decay")):
+        if not _is_number(value, 0, Real):
+            raise ValueError(f"{name}={value!r} must be a number from 0 on.")
+    if max_grad_norm is not None and not (_is_number(max_grad_norm, 0, Real) and max_grad_norm):
+        raise ValueError(f"max_grad_norm={max_grad_norm!r} must be above 0, or None for no limit.")
+    if not _is_number(seed, 0, Integral) or seed >= 2**32:
+        raise ValueError(f"seed={seed!r} must be a whole number from 0 to 2**32 - 1.")
     if whole_numbers["warmup_steps"] > whole_numbers["max_steps"]:
         raise ValueError("warmup_steps is larger than max_steps: the rate would never reach lr.")
     if precision not in AUTOCAST:
@@ -228,11 +257,14 @@ def _refuse_bad_input(model, batches, device, precision, whole_numbers, groups):
         raise ValueError("Loss scaling is not tried on several ranks; take bfloat16 or float32.")
     if precision == "float16" and device.type not in ("cpu", "cuda"):
         raise ValueError(f"Loss scaling is not tried on {device.type}; take bfloat16 or float32.")
-    if iter(batches) is batches:
-        raise ValueError(
-            "`batches` can be gone through only once, but every epoch begins it anew. "
-            "Pass a list, a DataLoader or minipeft's Batches."
-        )
+    for name, given in (("batches", batches), ("eval_batches", eval_batches)):
+        if given is None and name == "eval_batches":
+            continue
+        if not hasattr(given, "__iter__") or iter(given) is given:
+            raise ValueError(
+                f"`{name}` can be gone through only once, or not at all, but is begun anew again "
+                "and again. Pass a list, a DataLoader or minipeft's Batches."
+            )
     if not trainables(model):
         raise ValueError(
             "Nothing is trainable: every parameter has requires_grad=False. "
@@ -250,15 +282,16 @@ def _refuse_bad_input(model, batches, device, precision, whole_numbers, groups):
             )
 
 
-def _resume_folder(checkpoint_dir, resume, settings):
+def _resume_folder(checkpoint_dir, resume, settings, saves):
     """The checkpoint to go on from, or None. Refuses one that another call made."""
-    folder = newest(checkpoint_dir)
     if not resume:
         wait()
         if leads():
-            discard_all_but(None, checkpoint_dir)
+            begin_anew(checkpoint_dir)
         wait()
-        return None
+    folder = newest(checkpoint_dir)
+    begin, last = int(folder.name[5:]) if folder else 0, settings["max_steps"]
+    refuse_names_in_the_way(checkpoint_dir, lambda step: begin < step <= last and saves(step))
     if folder:
         saved = read_state(folder)["settings"]
         for name, value in settings.items():
@@ -269,6 +302,38 @@ def _resume_folder(checkpoint_dir, resume, settings):
                     "begin anew with resume=False, which deletes the old checkpoints."
                 )
     return folder
+
+
+def _resume(folder, model, optimizer, scaler, batches):
+    """Go back to a checkpoint. Returns (history, place in the data, random states, best weights).
+
+    Raises ValueError, with the model as it was, for a damaged one.
+    """
+    state = read_state(folder)
+    try:
+        history, place, states = History(**state["history"]), state["place"], state["random"]
+        steps, evaluations = int(folder.name[5:]), len(history.eval_step)
+        lengths = [len(values) for values in vars(history).values()]
+        if lengths != [steps] * 3 + [evaluations] * 2 or place["epoch"] < 0 or place["index"] < 0:
+            raise ValueError(f"its lists have {lengths} entries after {steps} steps")
+        scaler.load_state_dict(state["scaler"])
+        for drawn in (place["epoch_start"], states):
+            set_random_states(drawn, batches)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        raise damaged(folder, f"state.json does not hold what it should ({e})") from e
+    apart = history.best_step not in (None, steps)
+    return history, place, states, load_tensors(folder, model, optimizer, apart)
+
+
+def _adamw(groups, lr):
+    """AdamW in torch's one kernel for all parameters, where there is one. It can be told on the
+    device to leave everything as it is, by its attribute `found_inf`."""
+    if all(p.is_contiguous() for group in groups for p in group["params"]):  # else it misreads
+        try:
+            return torch.optim.AdamW([dict(group) for group in groups], lr=lr, fused=True)
+        except RuntimeError:  # a device without that kernel
+            pass
+    return torch.optim.AdamW([dict(group) for group in groups], lr=lr, fused=False)
 
 
 def train(
@@ -296,14 +361,16 @@ def train(
     """Train what requires grad, in place, for `max_steps` optimiser steps. Returns a `History`.
 
     batches: an iterable that can be begun again (list, DataLoader, Batches) of dicts of int64
-    tensors (batch, seq): input_ids, attention_mask, labels (not shifted; -100 is no target).
-    One step takes `accumulation` batches and divides the loss by the target tokens in all of them,
+    tensors (batch, seq): input_ids, attention_mask, labels (not shifted; -100 is no target). A
+    classifier and other models of transformers take the labels of their own loss (losses.py).
+    One step takes `accumulation` batches and divides the loss by the targets in all of them,
     so that it equals one step on one large batch. AdamW (Loshchilov and Hutter 2019, section 3),
     beta 0.9 and 0.999, eps 1e-8; `lr` rises linearly over `warmup_steps`, then falls to 0.
     groups: parameter groups as torch.optim takes them, for rates or decays of their own; they
     follow the same rise and fall. Default: `decay_groups`. History.lr is of the first group.
     loss_sum: what is made small, a function (model, batch) that returns the loss summed over the
-    target tokens, in nats. Default: the cross-entropy, which evaluation takes in any case.
+    targets. Default: the cross-entropy, or the model's own loss where it is no causal language
+    model; evaluation takes that in any case.
     max_grad_norm: gradients are scaled down to this norm at most; None clips nothing.
     precision: of the forward pass, by autocast; float16 also scales the loss.
     gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
@@ -316,8 +383,10 @@ def train(
     Under torchrun the same call trains on all ranks (distributed.py): `batches` are the same on
     each, which takes its rows; rank 0 writes the checkpoints.
 
-    Raises ValueError for input that cannot train, FloatingPointError when loss or gradients are
-    no longer finite, ConnectionError when another rank is lost.
+    Raises ValueError for input that cannot train or a damaged checkpoint, FloatingPointError when
+    loss or gradients are no longer finite, ConnectionError when another rank is lost. A GPU is
+    asked for the losses every 10 steps only; a loss that is not finite still changes no weight,
+    nor does any step after it.
     """
     device = next(model.parameters()).device
     whole_numbers = {
@@ -330,14 +399,26 @@ def train(
     defaults = {"lr": lr, "weight_decay": weight_decay}
     own = decay_groups(model, weight_decay) if groups is None else groups
     own = [defaults | group | {"params": list(group["params"])} for group in own]
-    _refuse_bad_input(model, batches, device, precision, whole_numbers, own)
+    _refuse_bad_input(
+        model, batches, eval_batches, device, precision, whole_numbers, own, max_grad_norm, seed
+    )
+    if eval_batches is not None:
+        refuse_kind(model)
     params = list(trainables(model).values())
-    optimizer = torch.optim.AdamW([dict(group) for group in own], lr=lr)
+    optimizer = _adamw(own, lr)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
     half = {"dtype": AUTOCAST[precision], "enabled": precision != "float32"}
     save_every = save_every or math.ceil(max_steps / 10)
     history, place, best, states = History(), {"epoch": 0, "index": 0}, None, None
     folder = None
+
+    def evaluates(done):
+        last_or_due = done == max_steps or done % (eval_every or done + 1) == 0
+        return eval_batches is not None and last_or_due
+
+    def saves(done):
+        return checkpoint_dir is not None and (done == max_steps or done % save_every == 0)
+
     if checkpoint_dir is not None:
         settings = {
             "max_steps": max_steps,
@@ -354,17 +435,16 @@ def train(
             "loss_sum": getattr(loss_sum, "__qualname__", type(loss_sum).__name__),
             "model fingerprint": fingerprint(model),
         }
-        folder = _resume_folder(checkpoint_dir, resume, settings)
+        folder = _resume_folder(checkpoint_dir, resume, settings, saves)
     if folder:
-        state = read_state(folder)
-        history, place, states = History(**state["history"]), state["place"], state["random"]
-        scaler.load_state_dict(state["scaler"])
-        best = load_tensors(folder, model, optimizer)
+        history, place, states, best = _resume(folder, model, optimizer, scaler, batches)
     else:
         random.seed(seed)
         numpy.random.seed(seed)
         torch.manual_seed(seed)
-    stream = _endless(batches, place, states)
+    refuse = refuse_batch if loss_sum is DEFAULT_LOSS else refuse_no_targets
+    check = partial(_checked, model=model, refuse=refuse)
+    stream = _endless(batches, place, check, states)
     begin = len(history.train_loss)
     was_training = model.training
     checkpointing_before = any(getattr(m, "gradient_checkpointing", 0) for m in model.modules())
@@ -377,6 +457,26 @@ def train(
         disable=not (progress and leads()),
         unit="step",
     )
+    # What the device finds out is read every few steps; until then it decides alone.
+    found = []  # for each step that was not read: loss, gradient norm, was it skipped?
+    one, halted = torch.ones((), device=device), torch.zeros((), dtype=torch.bool, device=device)
+    limit = math.inf if max_grad_norm is None else max_grad_norm
+
+    def read():
+        """Move what the device found into the history."""
+        for loss, norm, skipped in torch.stack(found).tolist():  # here the host waits
+            if not math.isfinite(loss) or not (math.isfinite(norm) or skipped):
+                raise FloatingPointError(
+                    f"Step {len(history.train_loss) + 1}: the loss is {loss} and the gradient norm "
+                    f"{norm}. Usual reasons: lr={lr} is too high, warm-up is missing, the weights "
+                    f"already hold NaN, or {precision} overflowed. The weights are those of the "
+                    "step before."
+                )
+            history.train_loss.append(loss)
+            history.grad_norm.append(math.inf if skipped else norm)
+        found.clear()
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+
     try:
         model.train()
         optimizer.zero_grad(set_to_none=True)  # whatever the caller left behind
@@ -384,35 +484,35 @@ def train(
             for group, mine in zip(optimizer.param_groups, own, strict=True):
                 group["lr"] = learning_rate(step, mine["lr"], warmup_steps, max_steps)
             parts = list(itertools.islice(stream, accumulation))
-            targets = sum(map(count_targets, parts))
-            loss = 0.0
-            for batch in parts:
-                with torch.autocast(device.type, **half):
-                    part = loss_sum(model, my_rows(batch)) / targets
-                scaler.scale(part).backward()
-                loss += part.item()
+            targets = sum(count_targets(batch, model) for batch in parts)
+            loss = _zero(device)
+            with own_noise(seed, step, device):
+                for batch in parts:
+                    rows, share = my_rows(batch)
+                    with torch.autocast(device.type, **half):
+                        part = loss_sum(model, rows) * share / targets
+                    scaler.scale(part).backward()
+                    loss = loss + part.detach().to(device)
             loss = total(loss)
             sum_gradients(params)
             scaler.unscale_(optimizer)
-            limit = math.inf if max_grad_norm is None else max_grad_norm
-            norm = whole(torch.nn.utils.clip_grad_norm_(params, limit)).item()
-            skipped = scaler.is_enabled() and not math.isfinite(norm) and scaler.get_scale() > 1
-            if not math.isfinite(loss) or not (math.isfinite(norm) or skipped):
-                raise FloatingPointError(
-                    f"Step {step + 1}: the loss is {loss} and the gradient norm {norm}. Usual "
-                    f"reasons: lr={lr} is too high, warm-up is missing, the weights already hold "
-                    f"NaN, or {precision} overflowed. The weights are those of the step before."
-                )
-            scaler.step(optimizer)
+            norm = whole(torch.nn.utils.clip_grad_norm_(params, limit)).to(device)
+            overflowed = ~norm.isfinite()
+            skipped = overflowed & (scaler.scale(one) > 1)
+            halted = halted | ~loss.isfinite() | (overflowed & ~skipped)
+            if optimizer.defaults["fused"]:
+                optimizer.found_inf = (halted | skipped).float()
+                optimizer.step()
+            elif not (halted | skipped):
+                optimizer.step()
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            history.train_loss.append(loss)
+            found.append(torch.stack([loss, norm.to(loss), skipped.to(loss)]))
             history.lr.append(optimizer.param_groups[0]["lr"])
-            history.grad_norm.append(math.inf if skipped else norm)
             done = step + 1
-            if eval_batches is not None and (
-                done == max_steps or done % (eval_every or done + 1) == 0
-            ):
+            if len(found) == READ_EVERY or done == max_steps or evaluates(done) or saves(done):
+                read()
+            if evaluates(done):
                 noise = random_states()
                 with torch.autocast(device.type, **half):
                     history.eval_loss.append(evaluate(model, eval_batches))
@@ -420,7 +520,7 @@ def train(
                 history.eval_step.append(done)
                 if history.best_step == done:
                     best = copy_of(trainables(model))
-            if checkpoint_dir is not None and (done == max_steps or done % save_every == 0):
+            if saves(done):
                 state = {
                     "settings": settings,
                     "history": vars(history),
@@ -431,7 +531,6 @@ def train(
                 kept = None if history.best_step in (None, done) else best
                 save_checkpoint(checkpoint_dir, done, model, optimizer, state, kept)
             bar.update()
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         if history.best_step not in (None, max_steps):
             put_back(best, trainables(model))
     except RuntimeError as error:

@@ -233,16 +233,16 @@ class Trial:
                 lost = [side for side in self.sides if side not in self._padded(model)]
                 if lost:
                     raise ValueError(f"padding on the {lost[0]} would change what they do")
-                if self.goes_on and not self._continued(model, whole):
+                if self.goes_on and not self._kept(self._continued, model, whole):
                     raise ValueError("going on from its cache would change what they do")
         finally:
             model.virtual_tokens = own
 
     def _kept(self, promise, *args):
-        """Does the plain model keep it? What it cannot do is not asked of the tuned one."""
+        """Is a promise kept? What the plain model cannot do is not asked of the tuned one."""
         try:
             return promise(*args)
-        except Exception:  # whatever stops the plain model would stop the tuned one too
+        except Exception:  # whatever stopped it
             return False
 
     def _row(self, text):
@@ -283,12 +283,13 @@ class Trial:
         """Does a token far away see the virtual tokens, in each layer?
 
         Keys and values are put into its cache in their place, and there alone they differ between
-        two runs, in which each block is given the same states.
+        two runs, in which each block is given the same states. Once beyond all windows, where they
+        are large, so that a small weight shows; and once among 64 others like them, where attention
+        to a few chosen ones would miss them.
         """
         if not self.layers or not all(map(_is_full, self.layers)):
             return True  # recurrent layers have no window
         far = self._beyond_windows(model)
-        mask = self.text.new_ones(1, far + 1)
         states, found = {}, []
 
         def same(i, block, args, kwargs):
@@ -303,19 +304,28 @@ class Trial:
             handles.append(block.register_forward_pre_hook(partial(same, i), with_kwargs=True))
             handles.append(block.register_forward_hook(remember))
         try:
-            for sign in (1, -1):
-                filled, made = DynamicCache(), {}
-                for layer in self.layers:  # one layer serves all that are alike
-                    like = (layer.keys.shape, layer.values.shape, layer.keys.device)
-                    made.setdefault(like, _Far(layer, far, sign))
-                    filled.layers.append(made[like])
-                model(input_ids=self.text[:, :1], attention_mask=mask, **{self.name: filled})
+            for others, large in {(min(far, 64), False), (far, True)}:
+                states.clear(), found.clear()
+                for sign in (1, -1):
+                    self._run_after(model, others, sign, large)
+                count = len(found) // 2
+                pairs = zip(found[:count], found[count:], strict=True)
+                if any(torch.equal(*pair) for pair in pairs):
+                    return False
         finally:
             for handle in handles:
                 handle.remove()
-        count = len(found) // 2
-        pairs = zip(found[:count], found[count:], strict=True)
-        return not any(torch.equal(*pair) for pair in pairs)
+        return True
+
+    def _run_after(self, model, others, sign, large):
+        """One token after N virtual ones, of this sign, and `others` more in its cache."""
+        filled, made = DynamicCache(), {}
+        for layer in self.layers:  # one layer serves all that are alike
+            like = (layer.keys.shape, layer.values.shape, layer.keys.device)
+            made.setdefault(like, _Far(layer, others, sign, large))
+            filled.layers.append(made[like])
+        inputs = {"attention_mask": self.text.new_ones(1, others + 1), self.name: filled}
+        model(input_ids=self.text[:, :1], **inputs)
 
     def _beyond_windows(self, model):
         """More tokens than any window that the configuration hints at, but no more than fit."""
@@ -325,17 +335,20 @@ class Trial:
 
 
 class _Far(DynamicLayer):
-    """A cache layer of N positions that matter and `far` that do not; it does not grow."""
+    """A cache layer of N positions that matter and `others` that do not; it does not grow."""
 
     _layer_type = None  # transformers keeps a list of layers by type: this is for nobody else
 
-    def __init__(self, like, far, sign):
+    def __init__(self, like, others, sign, large):
         super().__init__()
-        batch, kv_heads, _, width = like.keys.shape
         self.lazy_initialization(like.keys, like.values)
-        self.keys = like.keys.new_zeros(batch, kv_heads, N + far, width)
-        self.values = like.values.new_zeros(*like.values.shape[:2], N + far, like.values.shape[-1])
-        self.values[:, :, :N] = sign * min(far, 10_000)  # a weight of about 1/far times far
+        draw = torch.Generator(like.keys.device).manual_seed(0)
+        for name, shape in (("keys", like.keys.shape), ("values", like.values.shape)):
+            tensor = like.keys.new_zeros(*shape[:2], N + others, shape[-1])
+            setattr(self, name, tensor if large else tensor.normal_(generator=draw))
+        if large:
+            self.values[:, :, :N] = min(others, 10_000)  # a weight of about 1/others times that
+        self.values[:, :, :N] *= sign
 
     def update(self, keys, values, *args, **kwargs):
         return torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)

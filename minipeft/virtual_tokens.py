@@ -90,13 +90,13 @@ def refusing(model):
     try:
         yield
     except Exception as error:
+        begin = f"{type(model).__name__} cannot have virtual tokens of this kind: "
+        if str(error).startswith(begin):
+            raise
         reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else ""
         if not isinstance(error, ValueError):
             reason = f"a trial ended in {type(error).__name__}: {reason}"
-        raise ValueError(
-            f"{type(model).__name__} cannot have virtual tokens of this kind: {reason}. Take LoRA, "
-            "or another base model."
-        ) from error
+        raise ValueError(f"{begin}{reason}. Take LoRA, or another base model.") from error
 
 
 def trial_words(model):
@@ -166,9 +166,8 @@ def _lengthen(first, limit, model, args, kwargs):
     cache = kwargs.get(cache_name)
     past = past_length(cache)
     ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-    if (ids is None) == (embeds is None):
-        raise ValueError("Give either input_ids or inputs_embeds.")
     text = ids if embeds is None else embeds  # (batch, seq) or (batch, seq, hidden)
+    _refuse_shapes(ids, embeds, kwargs)
     batch, seq = text.shape[:2]
     starts = past == 0  # otherwise the virtual tokens are in the cache already
     front = starts and virtual.place in LONGER
@@ -199,6 +198,32 @@ def _lengthen(first, limit, model, args, kwargs):
         if isinstance(kwargs[cache_name], CheckpointedCache):
             kwargs["use_cache"] = False
     return (), kwargs
+
+
+def _refuse_shapes(ids, embeds, kwargs):
+    """Raise ValueError for inputs that are missing, empty, or do not go together."""
+    if (ids is None) == (embeds is None):
+        raise ValueError("Give either input_ids or inputs_embeds.")
+    text, dims = (ids, 2) if embeds is None else (embeds, 3)
+    if text.dim() != dims or 0 in text.shape:
+        raise ValueError(
+            f"The text has the shape {tuple(text.shape)}; give (batch, seq), with at least one row "
+            "and one token."
+        )
+    batch, seq = text.shape[:2]
+    fitting = {
+        "attention_mask": lambda shape: len(shape) != 2 or shape[0] == batch,
+        "labels": lambda shape: len(shape) != 2 or shape == (batch, seq),
+        "position_ids": lambda shape: shape in ((batch, seq), (1, seq)),
+        "token_type_ids": lambda shape: shape == (batch, seq),
+    }
+    for name, fits in fitting.items():
+        given = kwargs.get(name)
+        if given is not None and not fits(tuple(given.shape)):
+            raise ValueError(
+                f"{name} has the shape {tuple(given.shape)}, which does not go with a text of "
+                f"{batch} rows and {seq} tokens."
+            )
 
 
 def _extend_mask(kwargs, n, known, batch, seq):
@@ -423,16 +448,51 @@ def ordinary_tokens(model, tokenizer=None):
 # ---- the folder format of HF peft (checkpoints.py) ---------------------------------------------
 
 
-def peft_config(model, virtual_tokens, heads, width):
-    """What the adapter_config of every method with virtual tokens holds."""
+# What of peft's configurations is understood (see checkpoints.py); each technique adds its own.
+UNDERSTOOD = {
+    "num_virtual_tokens": None,
+    "token_dim": None,
+    "num_attention_heads": None,
+    "num_layers": None,
+    "num_transformer_submodules": (1,),
+}
+
+
+def peft_config(model, width, shape=None):
+    """What the adapter_config of every method with virtual tokens holds.
+
+    width: of the vectors that enter the model. shape: (layers, kv_heads, head_dim) of a prefix.
+    """
+    settings = model.config.get_text_config()
+    layers = getattr(settings, "num_hidden_layers", 1)
+    heads = getattr(settings, "num_attention_heads", 1)
+    if shape is not None:
+        layers, heads, width = shape[0], shape[1], shape[1] * shape[2]
     return {
-        "task_type": "CAUSAL_LM",
-        "num_virtual_tokens": virtual_tokens.num_virtual_tokens,
+        "num_virtual_tokens": model.virtual_tokens.num_virtual_tokens,
         "token_dim": width,
         "num_transformer_submodules": 1,
         "num_attention_heads": heads,
-        "num_layers": len(blocks(model)),
+        "num_layers": layers,
     }
+
+
+def refuse_other_sizes(config, **sizes):
+    """Raise ValueError if an adapter_config gives another size than the model has."""
+    for key, size in sizes.items():
+        if config.get(key) not in (None, size):
+            raise ValueError(
+                f"The adapter does not fit this base model: {key} is {config[key]!r} in the "
+                f"adapter, and {size} in the model."
+            )
+
+
+def table_of_prefix(config, state, shape):
+    """The keys and values of an adapter for a cache of (layers, kv_heads, head_dim)."""
+    layers, kv_heads, head_dim = shape
+    width = kv_heads * head_dim
+    refuse_other_sizes(config, num_layers=layers, num_attention_heads=kv_heads, token_dim=width)
+    return table_of_state(state, (config["num_virtual_tokens"], layers * 2 * width))
 
 
 def table_of_state(state, wanted):

@@ -606,13 +606,11 @@ def test_bad_input_is_refused_and_the_model_left_alone(options, message):
 def test_an_architecture_without_the_projections_is_refused_by_name():
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
              "num_attention_heads": 4, "vocab_size": 100}  # fmt: skip
-    bert = BertForMaskedLM(BertConfig(**sizes))
     experts = MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=2, num_key_value_heads=2))
     twice = AutoModelForCausalLM.from_config(
         GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=100, add_cross_attention=True)
     )
     for model, message in (
-        (bert, "A block of BertForMaskedLM should have one output projection of its feed-forward"),
         (experts, "A block of MixtralForCausalLM should have one .* feed-forward .* has 0"),
         (twice, "A block of GPT2LMHeadModel should have one .* attention part.* has 2"),
     ):
@@ -621,15 +619,122 @@ def test_an_architecture_without_the_projections_is_refused_by_name():
         assert not adapters_of(model) and all(p.requires_grad for p in model.parameters())
 
 
+def test_on_bert_the_papers_own_model_they_stand_before_each_residual_sum():
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "vocab_size": 100}  # fmt: skip
+    model = shake(add_adapters(BertForMaskedLM(BertConfig(**sizes)).eval(), 4))
+    places = ("attention.output.dense", "output.dense")
+    assert list(adapters_of(model)) == [
+        f"bert.encoder.layer.{i}.{place}" for i in range(2) for place in places
+    ]
+    part, seen = model.bert.encoder.layer[0].output, {}
+    part.register_forward_hook(lambda m, args, out: seen.update(args=args, out=out))
+    model(torch.arange(20, 28)[None])
+    h, x = seen["args"]  # (batch, seq, intermediate), (batch, seq, hidden)
+    expected = part.LayerNorm(bottleneck(part.dense.base(h), part.dense, gelu) + x)
+    assert close(seen["out"], expected, 1e-5)
+
+
 def test_other_techniques_and_adapters_refuse_each_other():
-    with pytest.raises(ValueError, match="This model has lora already, which adapters would"):
+    with pytest.raises(ValueError, match="has lora already; load the base model anew"):
         add_adapters(add_lora(load_base("tiny", device="cpu")[0]))
-    with pytest.raises(ValueError, match="This model has prefix_tuning already"):
+    with pytest.raises(ValueError, match="has prefix_tuning already"):
         add_adapters(METHODS["prefix"](load_base("tiny", device="cpu")[0]))
-    with pytest.raises(ValueError, match="has adapters already, which LoRA would freeze"):
-        add_lora(tuned("tiny-llama"))
-    with pytest.raises(ValueError, match="has adapters already; load the base model anew"):
-        METHODS["prompt"](tuned("tiny-llama"))
+    for add in (add_lora, METHODS["prompt"]):
+        with pytest.raises(ValueError, match="has adapters already; load the base model anew"):
+            add(tuned("tiny-llama"))
+    config = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(load_base("tiny", device="cpu")[0], config)
+    with pytest.raises(ValueError, match="has an adapter of HF peft already"):
+        add_adapters(theirs)
+
+
+def test_loading_on_another_technique_is_refused(tmp_path):
+    folder = save_adapter(tuned("tiny-llama"), tmp_path / "adapter")
+    model = add_lora(load_base("tiny-llama", device="cpu")[0])
+    with pytest.raises(ValueError, match="has lora already"):
+        load_adapter(model, folder)
+
+
+@EVERY
+def test_a_tuned_model_cannot_be_saved_as_a_plain_one(name, tmp_path):
+    model = tuned(name)
+    folder = save_adapter(model, tmp_path / "adapter")
+    loaded = load_adapter(load_base(name, device="cpu", dtype=torch.float64)[0], folder)
+    for one in (model, loaded, copy.deepcopy(model), add_adapters(copy.deepcopy(model), 2)):
+        with pytest.raises(ValueError, match="call save_adapter"):
+            one.save_pretrained(tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
+
+
+@EVERY
+def test_the_vocabulary_is_resized_beside_adapters(name):
+    model, ids = tuned(name), torch.arange(20, 28)[None]
+    before = model(ids).logits
+    model.resize_token_embeddings(before.shape[-1] + 7, mean_resizing=False)
+    model.tie_weights()
+    assert close(model(ids).logits[..., : before.shape[-1]], before, 1e-12)
+
+
+def exact_bloom():
+    """Bloom as it is set up to be exact: it reads these weights itself, and calls no layer."""
+    config = BloomConfig(vocab_size=90, hidden_size=32, n_layer=2, n_head=4, pretraining_tp=2,
+                         slow_but_exact=True)  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_a_model_that_does_not_call_the_layer_is_refused_by_name():
+    model = exact_bloom()
+    before = model(torch.arange(20, 28)[None]).logits
+    names = [name for name, _ in model.named_modules()]
+    for placement in ("houlsby", "pfeiffer"):
+        with pytest.raises(ValueError, match=r"BloomForCausalLM does not call transformer.h.0"):
+            add_adapters(model, 4, placement)
+        assert [name for name, _ in model.named_modules()] == names
+        assert all(p.requires_grad for p in model.parameters())
+        assert not hasattr(model, "adapter_configs")
+        assert torch.equal(model(torch.arange(20, 28)[None]).logits, before)
+
+
+def test_what_a_model_asks_of_the_layer_that_stood_there():
+    model = tuned("tiny-llama", m=3)
+    outer = add_adapters(model, 2, "pfeiffer").model.layers[0].mlp.down_proj
+    linear = outer.base.base
+    assert outer.weight is linear.weight and outer.bias is linear.bias is None
+    assert (outer.in_features, outer.out_features) == (linear.in_features, linear.out_features)
+
+
+def test_the_width_is_that_of_the_layer_not_of_the_configuration(tmp_path):
+    model, _ = load_base("tiny-llama", device="cpu")
+    model.config.hidden_size = 12345
+    shake(add_adapters(model, 3))
+    ids = torch.arange(20, 28)[None]
+    fresh, _ = load_base("tiny-llama", device="cpu")
+    fresh.config.hidden_size = 12345
+    again = load_adapter(fresh, save_adapter(model, tmp_path / "adapter"))
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_the_trial_leaves_no_trace():
+    model, _ = load_base("tiny-llama", device="cpu")
+    model.model.layers[0].train()
+    names = [n for n, _ in model.named_modules()]
+    modes = [m.training for m in model.modules()]
+    model.register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
+    runs = []
+    torch.manual_seed(3)
+    add_adapters(model, 4)
+    after = torch.rand(4)
+    assert runs == [False, False], "one forward before, one after"
+    assert [m.training for n, m in model.named_modules() if n in names] == modes
+    assert not any(a._forward_hooks for a in adapters_of(model).values())
+    torch.manual_seed(3)
+    for adapter in adapters_of(model).values():  # the same draws as without a trial
+        place = {"device": "cpu", "dtype": torch.float32}
+        made = Adapter(adapter.base, 32, 4, "gelu", place)
+        assert torch.equal(made.down.weight, adapter.down.weight)
+    assert torch.equal(torch.rand(4), after)
 
 
 def test_trainer_train_and_the_usual_methods(tmp_path):

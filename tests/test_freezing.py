@@ -5,8 +5,14 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BartConfig,
+    Gemma3Config,
+    GPTNeoConfig,
+    MambaConfig,
+    ModernBertDecoderConfig,
     T5Config,
     T5ForConditionalGeneration,
+    XLMConfig,
 )
 
 from minipeft import count_parameters, freeze, load_base, unfreeze
@@ -20,6 +26,7 @@ from minipeft.freezing import (
     only_last_blocks,
     only_norms,
 )
+from minipeft.quantization import quantize_base
 
 NAMES = ["tiny-llama", "tiny-gpt2", "tiny-bloom", "tiny-qwen2", "tiny-gpt_neox"]
 EVERY = pytest.mark.parametrize("name", NAMES)
@@ -88,6 +95,35 @@ def test_a_pattern_that_matches_nothing_is_refused_with_its_neighbours():
     assert count_parameters(model)[0] == 0, "a refused call must not unfreeze half of it"
 
 
+@pytest.mark.parametrize("pattern", ["", None, 3, True, ["model.layers.0"], 1.5, b"lm_head"])
+def test_what_is_no_pattern_is_refused(pattern):
+    model, _ = load_base("tiny-llama", device="cpu")
+    freeze(model)
+    with pytest.raises(ValueError, match="is no pattern; give names"):
+        unfreeze(model, "lm_head", pattern)
+    assert count_parameters(model)[0] == 0, "an empty name is that of the whole model"
+
+
+def test_quantised_weights_are_not_left_out_in_silence():
+    model, _ = load_base("tiny-gpt2", device="cpu")
+    quantize_base(model)
+    for call in (
+        lambda: unfreeze(model),
+        lambda: unfreeze(model, "transformer.wte", "transformer.h.1"),
+        lambda: only_last_blocks(model, 1),
+    ):
+        with pytest.raises(ValueError, match=r"h\.\d.* is quantised, and codes cannot be trained"):
+            call()
+        assert not trainables(model)
+    unfreeze(model, "*ln_1")
+    assert len(trainables(model)) == 4
+    assert len(trainables(only_norms(model))) == 10
+    foreign = torch.nn.Linear(4, 4)
+    foreign.weight = torch.nn.Parameter(foreign.weight.detach().byte(), requires_grad=False)
+    with pytest.raises(ValueError, match="is quantised"):
+        unfreeze(torch.nn.Sequential(foreign))
+
+
 def test_endings_match_whole_components():
     model, _ = load_base("tiny-llama", device="cpu")
     linear = (torch.nn.Linear,)
@@ -121,6 +157,68 @@ def test_blocks_are_found_in_every_architecture(name):
     assert [type(block).__name__ for block in blocks(model)] == [kind] * 2
     classifier = AutoModelForSequenceClassification.from_config(model.config)
     assert blocks(classifier) is classifier.get_submodule(path)
+
+
+SIZES = {
+    "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+ODD = {  # configurations that name their layers in another way, and where the blocks are
+    "two parts": (
+        Gemma3Config(
+            text_config={**SIZES, "num_key_value_heads": 2, "head_dim": 8},
+            vision_config={"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+                           "num_attention_heads": 4, "image_size": 28, "patch_size": 14},
+            mm_tokens_per_image=4,
+        ),
+        "model.language_model.layers",
+    ),
+    "num_layers": (
+        GPTNeoConfig(vocab_size=40, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48,
+                     attention_types=[[["global", "local"], 1]]),
+        "transformer.h",
+    ),
+    "a decoder of two stacks": (
+        BartConfig(vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=2,
+                   encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16,
+                   decoder_ffn_dim=16),
+        "model.decoder.layers",
+    ),
+    "no attention": (
+        MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2),
+        "backbone.layers",
+    ),
+    "a head named decoder": (ModernBertDecoderConfig(**SIZES), "model.layers"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_blocks_are_found_whatever_the_configuration_calls_them(name):
+    config, path = ODD[name]
+    model = AutoModelForCausalLM.from_config(config)
+    assert blocks(model) is model.get_submodule(path) and len(blocks(model)) == 2
+    inside = {n for n, _ in model.named_parameters() if n.startswith(f"{path}.1.")}
+    assert trainables(only_last_blocks(model, 1)) == inside
+
+
+def test_blocks_of_a_single_layer_are_not_taken_for_their_experts():
+    model, _ = load_base("tiny-llama", device="cpu")
+    model.model.layers = model.model.layers[:1]
+    model.config.num_hidden_layers = 1
+    model.model.layers[0].mlp.experts = torch.nn.ModuleList([torch.nn.Linear(200, 200)])
+    assert blocks(model) is model.model.layers
+
+
+def test_blocks_in_several_lists_are_refused():
+    """XLM keeps attentions and feed-forward layers apart, so that there are no blocks."""
+    xlm = AutoModelForCausalLM.from_config(
+        XLMConfig(vocab_size=40, emb_dim=16, n_layers=2, n_heads=2)
+    )
+    with pytest.raises(ValueError, match="4 lists as long as .* not in one of them"):
+        blocks(xlm)
+    with pytest.raises(ValueError, match="4 lists as long as"):
+        only_last_blocks(xlm, 1)
+    assert all(p.requires_grad for p in xlm.parameters())
 
 
 def test_the_largest_list_is_taken_and_a_model_without_blocks_is_refused():
@@ -226,6 +324,8 @@ def test_norms_are_told_by_type():
         {"a": OddRMSNorm(), "b": Renamed(3), "norm": torch.nn.Linear(3, 3, bias=False)}
     )
     assert trainables(only_norms(model)) == {"a.scale", "b.weight", "b.bias"}
+    gated = type("RMSNormGated", (OddRMSNorm,), {})  # as in state-space models
+    assert trainables(only_norms(torch.nn.Sequential(gated()))) == {"0.scale"}
     bare = torch.nn.Sequential(torch.nn.LayerNorm(3, elementwise_affine=False))
     for empty in (torch.nn.Linear(2, 2), bare):
         with pytest.raises(ValueError, match="has no norm with parameters, so nothing would be"):
@@ -286,8 +386,9 @@ def test_the_head_of_a_classifier_and_of_a_bare_backbone(name):
     classifier = AutoModelForSequenceClassification.from_config(model.config)
     assert trainables(only_head(classifier)) == {"score.weight"}
     assert count_parameters(classifier)[0] == classifier.num_labels * H
-    with pytest.raises(ValueError, match="has no head: it is the backbone alone"):
-        only_head(model.base_model)
+    for headless in (model.base_model, torch.nn.Linear(2, 2)):
+        with pytest.raises(ValueError, match="has no head: it is the backbone alone"):
+            only_head(headless)
 
 
 @EVERY

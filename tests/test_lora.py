@@ -9,11 +9,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from torch.nn.functional import embedding, linear
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    BloomConfig,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    OPTConfig,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.pytorch_utils import Conv1D
 
 from minipeft import (
     Collator,
     add_lora,
+    add_prompt_tuning,
     count_parameters,
     encode,
     load_adapter,
@@ -255,6 +274,21 @@ def test_merging_twice_or_training_merged_is_refused():
     [
         ({"targets": ("q_prj",)}, r"no layer named 'q_prj'; it has .*q_proj.*v_proj"),
         ({"targets": ()}, "by an empty list"),
+        ({"targets": ""}, "targets=.* is no list of names"),
+        ({"targets": None}, "targets=None is no list of names"),
+        ({"targets": [1]}, r"targets=\[1\] is no list of names"),
+        ({"r": "4"}, "is no rank"),
+        ({"r": True}, "r=True is no rank"),
+        ({"r": None}, "r=None is no rank"),
+        ({"alpha": "16"}, "alpha='16' must be above 0"),
+        ({"alpha": float("nan")}, "alpha=nan must be above 0"),
+        ({"alpha": float("inf")}, "alpha=inf must be above 0"),
+        ({"alpha": None}, "alpha=None must be above 0"),
+        ({"dropout": -0.1}, "dropout=-0.1 is no probability"),
+        ({"dropout": None}, "dropout=None is no probability"),
+        ({"dropout": "0.1"}, "dropout='0.1' is no probability"),
+        ({"scaling": ["alpha/r"]}, "scaling=.* is none of"),
+        ({"dora": "yes"}, "dora='yes' is neither True nor False"),
         ({"targets": ("q_proj", "proj")}, "no layer named 'proj'"),
         ({"r": 0}, "r=0 is no rank"),
         ({"r": 2.0}, "r=2.0 is no rank"),
@@ -274,8 +308,10 @@ def test_bad_input_is_refused_and_the_model_left_alone(options, message):
 
 def test_adding_lora_twice_is_refused():
     model, _ = tuned("tiny-llama")
-    with pytest.raises(ValueError, match="has LoRA already"):
+    before = dict(model.named_parameters())
+    with pytest.raises(ValueError, match="has lora already"):
         add_lora(model)
+    assert all(p is before[name] for name, p in model.named_parameters())
 
 
 def test_the_default_targets_are_refused_where_the_names_differ():
@@ -490,9 +526,7 @@ def test_a_tied_embedding_changes_the_input_side_only_and_cannot_be_merged():
     assert close(merge(model)(ids).logits, before)
 
 
-def test_an_embedding_that_scales_its_rows():
-    from transformers import AutoModelForCausalLM, Gemma3TextConfig
-
+def test_an_embedding_that_scales_its_rows(tmp_path):
     config = Gemma3TextConfig(
         vocab_size=60, hidden_size=16, intermediate_size=20, num_hidden_layers=1, head_dim=8,
         num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=False,
@@ -516,6 +550,10 @@ def test_an_embedding_that_scales_its_rows():
             theirs.lora_magnitude_vector["default"].weight.data *= 2
         expected = other(ids).logits
         assert close(model(ids).logits, expected)
+        torch.manual_seed(0)
+        again = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+        load_adapter(again, save_adapter(model, tmp_path / str(dora)))
+        assert close(again(ids).logits, expected)
         assert close(merge(model)(ids).logits, expected)
 
 
@@ -583,3 +621,394 @@ def test_lora_plus_is_that_of_hf_peft():
         lora_plus_groups(one, lr=1e-3, ratio=0)
     with pytest.raises(ValueError, match="has no LoRA"):
         lora_plus_groups(base("tiny-llama")[0], lr=1e-3)
+
+
+# ---- in the place of a layer: what a model may ask of it ----------------------------------------
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inputs_of_any_shape_give_what_their_rows_give(dora, dropout, dtype):
+    torch.manual_seed(0)
+    for base_layer in (nn.Linear(4, 6), Conv1D(6, 4), nn.Embedding(9, 6)):
+        layer = LoRALinear(base_layer.to(dtype), 2, 3, dropout, dora=dora).eval()
+        with torch.no_grad():
+            layer.lora_A.normal_()
+            layer.lora_B.normal_()
+        table = isinstance(base_layer, nn.Embedding)
+        x = torch.arange(6) if table else torch.randn(6, 4).to(dtype)
+        expected = torch.stack([layer(row[None])[0] for row in x])  # (6, out)
+        assert torch.allclose(layer(x), expected, atol=1e-5, rtol=0.02)
+        for shape in ((2, 3), (1, 2, 3), (6, 1)):
+            found = layer(x.view(*shape, *x.shape[1:]))
+            assert found.shape == (*shape, 6)
+            assert torch.allclose(found.view(6, 6), expected, atol=1e-5, rtol=0.02)
+        assert layer(x[0]).shape == (6,)
+        assert torch.allclose(layer(x[0]), expected[0], atol=1e-5, rtol=0.02)
+        assert layer(x[:0]).shape == (0, 6)
+        assert layer(x.view(2, 3, *x.shape[1:])[:, :0]).shape == (2, 0, 6)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D, nn.Embedding])
+def test_the_weight_that_a_model_reads_is_the_one_that_the_layer_applies(kind, dora):
+    torch.manual_seed(0)
+    base_layer = kind(6, 4).double() if kind is Conv1D else kind(4, 6).double()
+    layer = LoRALinear(base_layer, 2, 3, dora=dora)
+    with torch.no_grad():
+        layer.lora_A.normal_()
+        layer.lora_B.normal_()
+    x = torch.arange(4) if kind is nn.Embedding else torch.randn(5, 4).double()
+    outputs = (
+        layer(x),
+        {
+            nn.Linear: lambda: linear(x, layer.weight, layer.bias),
+            Conv1D: lambda: linear(x, layer.weight.T, layer.bias),
+            nn.Embedding: lambda: embedding(x, layer.weight),
+        }[kind](),
+    )
+    torch.testing.assert_close(*outputs)
+    trainables = [p for n, p in layer.named_parameters() if not n.startswith("base.")]
+    grads = [torch.autograd.grad(out.sin().sum(), trainables) for out in outputs]
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert layer.weight.shape == base_layer.weight.shape
+    assert layer.bias is getattr(base_layer, "bias", None)
+    if kind is nn.Linear:
+        assert (layer.in_features, layer.out_features) == (4, 6)
+    else:
+        assert not hasattr(layer, "in_features")
+    model = nn.Sequential(layer)
+    model.minipeft_technique, model.lora_config = "lora", {}
+    if not dora or kind is not nn.Embedding:
+        before = layer.weight.clone()
+        merge(model)
+        assert layer.weight is base_layer.weight
+        torch.testing.assert_close(layer.weight.data, before.data)
+
+
+def readers():
+    """Models that read the weights of their layers themselves, or ask for their types."""
+    sizes = {"vocab_size": 90, "hidden_size": 32}
+    bloom = BloomConfig(**sizes, n_layer=2, n_head=4, pretraining_tp=2, slow_but_exact=True)
+    mamba = MambaConfig(**sizes, num_hidden_layers=2, state_size=4)
+    t5 = T5Config(vocab_size=90, d_model=32, d_ff=48, num_layers=2, num_heads=4, d_kv=8)
+    return {
+        "bloom": (bloom, AutoModelForCausalLM, ["dense", "dense_4h_to_h"]),
+        "mamba": (mamba, AutoModelForCausalLM, ["in_proj", "x_proj", "dt_proj", "out_proj"]),
+        "t5": (t5, T5ForConditionalGeneration, ["wo", "q"]),
+    }
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("name", ["bloom", "mamba", "t5"])
+def test_a_model_that_reads_a_weight_itself_reads_the_change_too(name, dora):
+    config, kind, targets = readers()[name]
+    torch.manual_seed(0)
+    model = kind.from_config(config) if kind is AutoModelForCausalLM else kind(config)
+    model = add_lora(model.double().eval(), r=2, targets=targets, dora=dora)
+    with torch.no_grad():
+        for layer in layers(model).values():
+            nn.init.normal_(layer.lora_B, std=0.3)
+    ids = torch.randint(5, 90, (2, 6))
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if name == "t5" else {})
+    apart = model(**inputs).logits
+    apart.sin().sum().backward()
+    assert all(layer.lora_A.grad.any() for layer in layers(model).values())
+    start = copy.deepcopy(model)
+    unload_lora(start)
+    assert not close(start(**inputs).logits, apart, 1e-3)
+    assert close(merge(model)(**inputs).logits, apart), "merged, it is a plain model"
+
+
+@EVERY
+def test_the_vocabulary_is_resized_beside_lora_and_refused_under_it(name):
+    model, _ = tuned(name)
+    ids = batch_of(3, 2, 6)["input_ids"]
+    before = model(ids).logits
+    model.resize_token_embeddings(before.shape[-1] + 7, mean_resizing=False)
+    model.tie_weights()
+    after = model(ids).logits
+    assert after.shape[-1] == before.shape[-1] + 7
+    assert close(after[..., : before.shape[-1]], before, 1e-12)
+    assert len(layers(model)) == sum(isinstance(m, LoRALinear) for m in model.modules()) > 0
+
+    for target, untied in ((TABLES[name][0], False), ("lm_head", True)):
+        model, _ = tuned(name, targets=[target], untied=untied)
+        before = model(ids).logits
+        for call in (lambda m: m.resize_token_embeddings(300), lambda m: m.tie_weights()):
+            with pytest.raises(ValueError, match="with LoRA on it cannot be resized or tied"):
+                call(model)
+        assert torch.equal(model(ids).logits, before) and layers(model)
+        unload_lora(model).resize_token_embeddings(300, mean_resizing=False)
+        assert model(ids).logits.shape[-1] == 300
+
+
+@EVERY
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_tuned_model_cannot_be_saved_as_a_plain_one(name, dora, tmp_path):
+    model, _ = tuned(name, torch.float32, dora=dora)
+    folder = save_adapter(model, tmp_path / "adapter")
+    loaded = load_adapter(base(name, torch.float32)[0], folder)
+    merged, twin = merge(copy.deepcopy(model)), copy.deepcopy(loaded)
+    for one in (model, loaded, twin, merged):
+        with pytest.raises(
+            ValueError, match="call save_adapter.* or, for LoRA, merge_lora and unl"
+        ):
+            one.save_pretrained(tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
+    ids = batch_of(3, 2, 6)["input_ids"]
+    expected = model(ids).logits
+    unload_lora(merged).save_pretrained(tmp_path / "plain")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
+    assert close(again(ids).logits, expected, 1e-5)
+    copy.deepcopy(merged).save_pretrained(tmp_path / "copy")
+
+
+# ---- tried once, when it is added ---------------------------------------------------------------
+
+
+class Router(nn.Linear):
+    """A class of its own: its output is no W x + b."""
+
+    def forward(self, x):
+        return super().forward(x).softmax(-1)
+
+
+class Pair(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), None
+
+
+class Doubling(nn.Embedding):
+    def forward(self, ids):
+        return 2 * super().forward(ids)
+
+
+class Jealous(LlamaForCausalLM):
+    """Does something else as soon as a layer is no plain one."""
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        if type(self.model.layers[0].self_attn.q_proj) is not nn.Linear:
+            out.logits = out.logits * 1.01
+        return out
+
+
+def llama(kind=LlamaForCausalLM):
+    torch.manual_seed(0)
+    return kind(LlamaConfig(vocab_size=90, hidden_size=32, intermediate_size=48, bos_token_id=45,
+                            num_hidden_layers=2, num_attention_heads=4)).eval()  # fmt: skip
+
+
+def picture(model):
+    return (
+        {n: (id(p), p.sum().item(), p.requires_grad) for n, p in model.named_parameters()},
+        {n: (type(m), m.training, set(vars(m))) for n, m in model.named_modules()},
+    )
+
+
+def replaced(model, name, kind, *args):
+    parent, _, last = name.rpartition(".")
+    old = model.get_submodule(name)
+    new = kind(*(args or old.weight.T.shape), **({} if isinstance(old, nn.Embedding) else
+                                                 {"bias": False}))  # fmt: skip
+    new.weight = old.weight
+    setattr(model.get_submodule(parent), last, new)
+    return model
+
+
+@pytest.mark.parametrize(
+    "make, target, message",
+    [
+        (lambda: replaced(llama(), "model.layers.0.mlp.up_proj", Router), "up_proj",
+         "up_proj is a Router, which computes something else"),
+        (lambda: replaced(llama(), "model.embed_tokens", Doubling, 90, 32), "embed_tokens",
+         "embed_tokens is a Doubling, which computes something else"),
+        (lambda: replaced(llama(), "model.embed_tokens", nn.Embedding, 90, 32, None, 1.0),
+         "embed_tokens", "embed_tokens is a Embedding, which computes something else"),
+        (lambda: llama(Jealous), "q_proj", "It would change what Jealous answers before anything"),
+        (lambda: AutoModelForCausalLM.from_config(OPTConfig(
+            vocab_size=90, hidden_size=32, ffn_dim=48, num_hidden_layers=2, word_embed_proj_dim=32,
+            num_attention_heads=4)).eval(), "embed_positions", "OPTLearnedPositionalEmbedding"),
+    ],
+)  # fmt: skip
+def test_a_layer_or_model_that_cannot_carry_it_is_refused_by_name(make, target, message):
+    model = make()
+    model.model.train()  # mixed modes, to be left as they are
+    before = picture(model)
+    with pytest.raises(ValueError, match=message):
+        add_lora(model, r=2, targets=target)
+    assert picture(model) == before
+
+
+def test_a_layer_of_its_own_class_that_does_what_its_kind_does_is_taken():
+    class Named(nn.Linear):
+        pass
+
+    for dtype in (torch.float32, torch.bfloat16):
+        model = replaced(llama(), "model.layers.0.mlp.up_proj", Named).to(dtype)
+        add_lora(model, r=2, targets="up_proj")
+        assert len(layers(model)) == 2
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_trial_leaves_no_trace(dora):
+    model, twin = llama(), llama()
+    model.model.layers[0].train()
+    modes = [m.training for m in model.modules()]
+    names = [n for n, _ in model.named_modules()]
+    hooks = []
+    model.register_forward_hook(lambda *_: hooks.append(torch.is_grad_enabled()))
+    torch.manual_seed(3)
+    add_lora(model, r=2, dora=dora)
+    after = torch.rand(4)
+    assert hooks == [False, False], "one forward before, one after"
+    assert [m.training for n, m in model.named_modules() if n in names] == modes
+    torch.manual_seed(3)
+    for name, layer in layers(model).items():  # the same draws as without a trial
+        made = LoRALinear(twin.get_submodule(name), 2, 16, dora=dora)
+        assert torch.equal(made.lora_A, layer.lora_A)
+    assert torch.equal(torch.rand(4), after)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_models_that_two_tokens_do_not_suit_are_not_tried():
+    sizes = {"vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+             "num_attention_heads": 4}  # fmt: skip
+    from transformers import BertForMultipleChoice, ViTConfig, ViTForImageClassification
+
+    choice = BertForMultipleChoice(BertConfig(**sizes)).eval()
+    assert layers(add_lora(choice, r=2, targets="query"))
+    del sizes["vocab_size"]
+    image = ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=8)).eval()
+    targets = "q_proj" if any("q_proj" in n for n, _ in image.named_modules()) else "query"
+    assert layers(add_lora(image, r=2, targets=targets))
+    assert image(torch.randn(1, 3, 16, 16)).logits.shape[0] == 1
+    plain = add_lora(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), targets="0")
+    assert isinstance(plain[0], LoRALinear) and plain(torch.randn(3)).shape == (2,)
+    with torch.device("meta"):
+        meta = llama()
+    assert layers(add_lora(meta, r=2))
+
+
+def test_a_head_is_trained_as_a_whole_and_gets_no_lora():
+    sizes = {"vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+             "num_attention_heads": 4}  # fmt: skip
+    bert = BertForSequenceClassification(BertConfig(**sizes)).eval()
+    before = picture(bert)
+    with pytest.raises(ValueError, match="classifier is the head of BertForSequenceClassification"):
+        add_lora(bert, r=2, targets=["query", "classifier"])
+    assert picture(bert) == before
+    roberta = add_lora(
+        RobertaForSequenceClassification(RobertaConfig(**sizes)).eval(), r=2, targets="dense"
+    )
+    assert layers(roberta) and not any("classifier" in name for name in layers(roberta))
+    assert all(p.requires_grad for p in roberta.classifier.parameters())
+
+
+def test_two_methods_and_hf_peft_refuse_each_other():
+    with pytest.raises(ValueError, match="has prompt_tuning already"):
+        add_lora(add_prompt_tuning(llama(), 3))
+    config = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="has an adapter of HF peft already"):
+        add_lora(peft.get_peft_model(llama(), config))
+
+
+# ---- the norms of DoRA --------------------------------------------------------------------------
+
+
+def counted(monkeypatch):
+    """Counts how often |V| is computed."""
+    calls = []
+    real = LoRALinear._norms
+    monkeypatch.setattr(LoRALinear, "_norms", lambda layer: calls.append(layer) or real(layer))
+    return calls
+
+
+def test_norms_are_computed_once_for_all_tokens_of_a_generation(monkeypatch):
+    model, _ = tuned("tiny-llama", torch.float32, dora=True)
+    calls = counted(monkeypatch)
+    ids = torch.tensor([[5, 6, 7]])
+    options = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None}
+    model.generate(ids, **options)
+    model.generate(ids, **options, num_beams=3)
+    assert len(calls) == len(layers(model)) == len(set(calls))
+    model.train()
+    for _ in range(3):
+        model(ids)
+    assert len(calls) == 4 * len(layers(model)), "anew in every step of training"
+
+
+def write_in_place(model):
+    with torch.no_grad():
+        for layer in layers(model).values():
+            layer.lora_B.mul_(3)
+
+
+def one_step(model):
+    model.train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    model(torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss.backward()
+    optimizer.step()
+    model.eval()
+
+
+def step_by_raw_data(model):
+    """As optimisers do that torch does not see: eval mode all the while, writing past autograd."""
+    model(torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss.backward()
+    for layer in layers(model).values():
+        layer.lora_B.data.sub_(layer.lora_B.grad, alpha=0.5)
+
+
+def new_data(model):
+    for layer in layers(model).values():
+        layer.lora_B.data = layer.lora_B.data * 2
+
+
+def other_state(model, **options):
+    model.load_state_dict({n: t * 1.5 for n, t in model.state_dict().items()}, **options)
+
+
+def assign_twice(model):
+    for _ in range(2):
+        other_state(model, assign=True)
+
+
+CHANGES = {
+    "in place": write_in_place,
+    "a step of training": one_step,
+    "a step past autograd": step_by_raw_data,
+    "new data": new_data,
+    "load_state_dict": other_state,
+    "load_state_dict, assigned": assign_twice,
+    "merged and back": lambda m: (write_in_place(m), unmerge(merge(m))),
+    "base weights": lambda m: [p.data.mul_(2) for p in m.train().parameters()] and m.eval(),
+    "half and back": lambda m: m.half().float(),
+    "double": lambda m: m.double(),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_norms_are_never_stale(what):
+    model, _ = tuned("tiny-gpt2", torch.float32, dora=True)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        before = model(ids).logits.clone()
+        twin = copy.deepcopy(model)  # with what was kept
+        CHANGES[what](model) if what not in ("a step of training", "a step past autograd") else None
+    if what in ("a step of training", "a step past autograd"):
+        CHANGES[what](model)
+    with torch.no_grad():
+        found = model(ids).logits
+        for layer in layers(model).values():
+            layer.kept = None
+        assert torch.equal(found, model(ids).logits)
+        assert not torch.equal(found.float(), before)
+        assert torch.equal(twin(ids).logits, before)
+        write_in_place(twin)
+        found = twin(ids).logits
+        for layer in layers(twin).values():
+            layer.kept = None
+        assert torch.equal(found, twin(ids).logits) and not torch.equal(found, before)

@@ -1,15 +1,21 @@
 """The loop against plain torch, `transformers`' Trainer and schedule, and a run killed midway."""
 
 import json
+import math
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+import traceback
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -22,7 +28,17 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from minipeft.training import History, decay_groups, evaluate, learning_rate, loss_sum, train
+from minipeft import Collator, add_lora, distil_from, load_base
+from minipeft.quantization import NF4Linear, quantize_base
+from minipeft.training import (
+    READ_EVERY,
+    History,
+    decay_groups,
+    evaluate,
+    learning_rate,
+    loss_sum,
+    train,
+)
 
 WIDE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 40}
 CONFIGS = {
@@ -202,6 +218,22 @@ def test_bad_input_gets_one_sentence(tmp_path):
     for model, options, error, words in [
         (build(), {"max_steps": 0}, ValueError, "max_steps=0"),
         (build(), {"warmup_steps": 9}, ValueError, "warmup_steps is larger"),
+        (build(), {"max_steps": True}, ValueError, "max_steps=True"),
+        (build(), {"max_steps": None}, ValueError, "max_steps=None"),
+        (build(), {"accumulation": 2.0}, ValueError, "accumulation=2.0"),
+        (build(), {"save_every": 0}, ValueError, "save_every=0"),
+        (build(), {"lr": -1e-3}, ValueError, "lr=-0.001 must be"),
+        (build(), {"lr": math.inf}, ValueError, "lr=inf must be"),
+        (build(), {"lr": "1e-3"}, ValueError, "lr='1e-3' must be"),
+        (build(), {"weight_decay": math.nan}, ValueError, "weight_decay=nan must be"),
+        (build(), {"max_grad_norm": -1.0}, ValueError, "max_grad_norm=-1.0 must be above 0"),
+        (build(), {"max_grad_norm": 0}, ValueError, "max_grad_norm=0 must be above 0"),
+        (build(), {"seed": -1}, ValueError, "seed=-1 must be"),
+        (build(), {"seed": 0.5}, ValueError, "seed=0.5 must be"),
+        (build(), {"eval_batches": iter(BATCHES)}, ValueError, "`eval_batches` can be gone"),
+        (build(), {"batches": 3}, ValueError, "`batches` can be gone through only once, or not"),
+        (build(), {"batches": [3]}, ValueError, "Batch 0 is 3, no dict of tensors"),
+        (build(), {"batches": [{"labels": [1, 2]}]}, ValueError, "no dict of tensors"),
         (build(), {"precision": "int8"}, ValueError, "none of float32"),
         (build(), {"batches": []}, ValueError, "no batch in epoch 0"),
         (build(), {"batches": iter(BATCHES)}, ValueError, "only once"),
@@ -347,3 +379,244 @@ def test_a_run_with_groups_resumes_and_refuses_other_groups(tmp_path, monkeypatc
         run(build(), groups=groups_of(build()))
     with pytest.raises(ValueError, match="not hold it exactly once"):
         run(again, groups=groups_of(again) + groups_of(again))
+
+
+# ---- numbers that are not finite, decided where the losses are
+
+
+def spoilt(at, how):
+    """A loss that is spoilt in step `at`, and the list of its calls."""
+    calls = []
+
+    def loss(model, batch):
+        calls.append(len(calls) + 1)
+        good = loss_sum(model, batch)
+        return how(good) if calls[-1] == at else good
+
+    return loss, calls
+
+
+SPOIL = {
+    "nan": lambda loss: loss * math.nan,
+    "inf": lambda loss: loss * math.inf,
+    "inf, but with a good gradient": lambda loss: loss + math.inf,
+}
+
+
+@pytest.mark.parametrize("steps", [5, 2 * READ_EVERY + 4])
+@pytest.mark.parametrize("how", SPOIL)
+def test_a_bad_step_is_named_and_leaves_no_trace(how, steps):
+    at = steps - 2
+    options = {"max_steps": 40 if steps > READ_EVERY else 6, "weight_decay": 0.1}
+    model, clean = build(), build()
+
+    def stop(loss):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # the weights of the steps before, and nothing else
+        run(clean, loss_sum=spoilt(at, stop)[0], **options)
+    loss, calls = spoilt(at, SPOIL[how])
+    with pytest.raises(FloatingPointError, match=f"Step {at}: the loss is (nan|inf)"):
+        run(model, loss_sum=loss, **options)
+    for p, q in zip(model.parameters(), clean.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert at <= calls[-1] < at + READ_EVERY
+
+
+def test_a_bad_step_is_never_written_or_evaluated(tmp_path):
+    loss, calls = spoilt(5, SPOIL["nan"])
+    options = {"checkpoint_dir": tmp_path, "save_every": 3, "eval_every": 5, "max_steps": 20}
+    with pytest.raises(FloatingPointError, match="Step 5"):
+        run(build(), loss_sum=loss, eval_batches=BATCHES, **options)
+    assert [f.name for f in tmp_path.iterdir()] == ["step-000003"] and calls[-1] == 5
+
+
+def test_float16_skips_what_torchs_own_loop_skips():
+    def large(model, batch):  # overflows until the scale has come down
+        return 3000 * loss_sum(model, batch)
+
+    model, plain = build(), build().train()
+    history = run(model, precision="float16", loss_sum=large, max_steps=12)
+    optimizer = torch.optim.AdamW(decay_groups(plain, 0.0), lr=1e-2)
+    scaler, skipped = torch.amp.GradScaler("cpu"), []
+    for step in range(12):
+        batch = BATCHES[step % 4]
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 1e-2 * (12 - step) / 12
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = 3000 * loss_sum(plain, batch) / (batch["labels"][:, 1:] != -100).sum()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        skipped.append(not norm.isfinite())
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert 1 < sum(skipped) < 12
+    assert [math.isinf(norm) for norm in history.grad_norm] == skipped
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("how", SPOIL)
+def test_without_the_one_kernel_all_is_the_same(how, tmp_path):
+    """A parameter whose elements do not lie in a row; the kernel goes by addresses."""
+
+    def turned():
+        model = build()
+        weight = model.lm_head.weight
+        weight.data = weight.data.T.contiguous().T
+        return model
+
+    a, b = build(), turned()
+    assert run(a).train_loss == pytest.approx(run(b).train_loss, rel=1e-5)
+    torch.testing.assert_close(a.lm_head.weight, b.lm_head.weight, rtol=1e-4, atol=1e-6)
+    clean, model = turned(), turned()
+    with pytest.raises(ZeroDivisionError):
+        run(clean, loss_sum=spoilt(3, lambda loss: 1 / 0)[0])
+    with pytest.raises(FloatingPointError, match="Step 3"):
+        run(model, loss_sum=spoilt(3, SPOIL[how])[0])
+    assert all(map(torch.equal, model.parameters(), clean.parameters()))
+
+
+def test_a_parameter_laid_out_otherwise_resumes_bit_for_bit(tmp_path):
+    def turned():
+        model = build()
+        model.lm_head.weight.data = model.lm_head.weight.data.T.contiguous().T
+        return model
+
+    straight, again = turned(), turned()
+    options = {"save_every": 2, "checkpoint_dir": tmp_path}
+    expected = run(straight)
+    with pytest.raises(ZeroDivisionError):
+        run(turned(), loss_sum=named(spoilt(4, lambda loss: 1 / 0)[0]), **options)
+    assert run(again, **options) == expected
+    assert all(map(torch.equal, again.parameters(), straight.parameters()))
+
+
+def named(loss):
+    """The same function to a checkpoint as the default."""
+    loss.__qualname__ = loss_sum.__qualname__
+    return loss
+
+
+# ---- what makes a GPU wait
+
+
+class Host(torch.Tensor):
+    """A tensor of the data, and whatever is worked out from it, until it travels to the model."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        return out.as_subclass(torch.Tensor) if func is torch.Tensor.to else out
+
+
+class Waits(TorchDispatchMode):
+    """Notes where a number of a tensor beside the model decides what the host does next."""
+
+    calls = ("_local_scalar_dense", "nonzero", "masked_select", "::equal", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.where = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, first = func.name(), args[0] if args else None
+        waits = any(call in name for call in self.calls)
+        if name.startswith(("aten::index.", "aten::index_put", "aten::_index_put")):
+            waits = any(i is not None and not i.is_floating_point() and i.dtype in (torch.bool,
+                        torch.uint8) for i in args[1])  # fmt: skip
+        if waits and not isinstance(first, Host):
+            frames = [f.filename for f in traceback.extract_stack()]
+            self.where.append(next(f for f in frames[::-1] if "/torch/" not in f and f != __file__))
+        return func(*args, **(kwargs or {}))
+
+
+class Reads(TorchFunctionMode):
+    """Counts the losses that are copied to the host: on a CPU no operation shows that."""
+
+    readers = (torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.cpu, torch.Tensor.numpy)
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in self.readers and not isinstance(args[0], Host):
+            self.count += args[0].dtype != torch.uint8  # those are states of generators
+        return func(*args, **(kwargs or {}))
+
+
+def counted(model, **options):
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]},
+            {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}]  # fmt: skip
+    batch = {name: t.as_subclass(Host) for name, t in Collator(0)(rows).items()}
+    with Reads() as reads, Waits() as waits:
+        history = train(model, [batch, batch], lr=1e-2, progress=False, **options)
+    assert len(history.train_loss) == options["max_steps"]
+    return reads.count, waits.where
+
+
+def test_a_step_waits_for_nothing_but_one_read_of_ten_losses():
+    model = add_lora(load_base("tiny-bloom", device="cpu")[0], targets="query_key_value")
+    assert counted(model, max_steps=25, accumulation=2, precision="bfloat16") == (3, [])
+    teacher, _ = load_base("tiny-bloom", device="cpu")
+    loss = distil_from(teacher, pairs=[(1, 2)])
+    assert counted(model, max_steps=25, loss_sum=loss) == (3, [])
+    reads, waits = counted(add_lora(build()), max_steps=20)
+    # transformers looks at the mask by itself, in the models that take a fused attention
+    assert reads == 2 and {Path(file).name for file in waits} <= {"masking_utils.py"}
+
+
+def test_the_counters_would_see_a_wait():
+    def waiting(model, batch):
+        labels = batch["labels"].to("cpu")  # what travels is looked at there
+        loss = loss_sum(model, batch)
+        loss.item()
+        return loss * bool((labels != -100).any())
+
+    model, _ = load_base("tiny-bloom", device="cpu")
+    reads, waits = counted(model, max_steps=10, loss_sum=waiting)
+    assert reads == 11 and len(waits) == 20
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_waits_for_nothing_on_cuda():
+    """torch itself tells of a call that waits. Those inside of transformers are not ours."""
+    model = add_lora(load_base("tiny-bloom", device="cuda")[0], targets="query_key_value")
+    batch = Collator(0)([{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}] * 2)
+    calls = []
+
+    def watched(model, batch):
+        calls.append(0)
+        if len(calls) == 2:  # the first step makes what stays
+            torch.cuda.set_sync_debug_mode("warn")
+        if len(calls) == READ_EVERY:
+            torch.cuda.set_sync_debug_mode("default")
+        return loss_sum(model, batch)
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            train(model, [batch], max_steps=READ_EVERY, lr=1e-2, loss_sum=watched, progress=False)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    files = [w.filename for w in told if "called a synchronizing" in str(w.message)]
+    assert len(calls) == READ_EVERY and all("/transformers/" in file for file in files), files
+
+
+# ---- a base in 4 bits
+
+
+def test_decay_groups_make_no_weight_of_a_4_bit_base(monkeypatch):
+    model = add_lora(quantize_base(build()))
+    model.lm_head.requires_grad_(True)
+
+    def made(self):
+        raise AssertionError("a 4-bit weight was made anew")
+
+    monkeypatch.setattr(NF4Linear, "weight", property(made))
+    decayed, others = decay_groups(model, 0.1)
+    assert decayed["params"] == [model.lm_head.weight]
+    assert len(others["params"]) == 8  # A and B of q_proj and v_proj in two blocks

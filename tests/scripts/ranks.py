@@ -1,21 +1,28 @@
 """What test_distributed.py runs under torchrun, or alone: train a tiny model, report as JSON.
 
-python ranks.py ALONE FOLDER
-torchrun --nproc-per-node 2 ranks.py ddp,fsdp FOLDER
+python ranks.py ALONE FOLDER                              one process
+torchrun --nproc-per-node 2 ranks.py ALL FOLDER        both kinds, and `apart`
 ... ranks.py KIND FOLDER --crash STEP     rank 1 is killed when it begins that step
 """
 
 import json
 import os
+import shutil
 import signal
 import sys
+import time
+import warnings
+from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import torch
 from safetensors.torch import save_file
+from torch.distributed import distributed_c10d as c10d
 
 from minipeft import Collator, add_lora, encode, load_base, save_adapter, train
-from minipeft.distributed import finish, leads, ranks, share, start, whole
+from minipeft.distributed import finish, leads, ranks, share, start, sum_gradients, wait, whole
+from minipeft.training import loss_sum
 
 PAIRS = [
     ("One", " two three"),
@@ -96,17 +103,100 @@ def run(kind, method, folder, checkpoint_dir=None, crash=None):
         (folder / f"{name}.json").write_text(json.dumps(report))
 
 
-def main(kinds, folder, *options):
+def on_one_gpu(**options):
+    """Call `start` as on a machine with one GPU. Returns the device, and whether it warned."""
+    one = mock.patch("torch.cuda.device_count", lambda: 1)
+    with mock.patch("torch.cuda.is_available", lambda: True), one:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            device = start(**options)
+    return str(device), any("cannot share 1 CUDA devices" in str(w.message) for w in told)
+
+
+def drawn(folder, at=None, **options):
+    """Train with dropout, and note the rows that came and what this rank drew beside each loss.
+
+    at: the call of the loss that breaks off. Returns (rows, draws, history, weights).
+    """
+    model, tokenizer = load_base("tiny", device="cpu")
+    torch.manual_seed(0)
+    add_lora(model, r=4, dropout=0.5)
+    share(model, "ddp")
+    rows, draws, pad = [], [], Collator(tokenizer.pad_token_id)
+
+    def collate(some):
+        rows.append([len(row["input_ids"]) for row in some])
+        return pad(some)
+
+    def noting(model, batch):
+        if len(draws) == at:
+            raise KeyboardInterrupt
+        state = torch.get_rng_state()
+        draws.append(torch.rand(1).item())
+        torch.set_rng_state(state)
+        return loss_sum(model, batch)
+
+    noting.__qualname__ = "noting"
+    data = [encode(tokenizer, *pair) for pair in PAIRS]
+    loader = torch.utils.data.DataLoader(data, batch_size=3, shuffle=True, collate_fn=collate)
+    options = {"max_steps": 6, "lr": 1e-2, "save_every": 2, "progress": False} | options
+    history = None
+    try:
+        history = train(model, loader, loss_sum=noting, checkpoint_dir=folder, **options)
+    except KeyboardInterrupt:
+        pass
+    weights = [p.sum().item() for p in model.parameters() if p.requires_grad]
+    return rows, draws, history and vars(history), weights
+
+
+def apart(folder, started):
+    """What each rank draws, writes and waits for, as a JSON of its own."""
+    rank, report = int(os.environ["RANK"]), {"start": started}
+    one, other, none = (torch.nn.Parameter(torch.zeros(2)) for _ in range(3))
+    one.grad = torch.ones(2) * (rank + 1)
+    other.grad = torch.ones(2) if rank else None
+    sum_gradients([other, none, one])
+    report["grads"] = [one.grad.tolist(), other.grad.tolist(), none.grad]
+    report["straight"] = drawn(folder / "straight")
+    report["broken"] = drawn(folder / "resumed", at=4)
+    report["resumed"] = drawn(folder / "resumed")
+    # A foreign folder, and scratch of a killed run, which one rank alone may touch.
+    if leads():
+        shutil.copytree(
+            folder / "resumed" / "step-000006", folder / "resumed" / ".step-3-minipeft-"
+        )
+    wait()
+    nobody = mock.Mock(side_effect=AssertionError("rank 1 touched the files"))
+    names = [] if leads() else ["os.rename", "os.mkdir", "os.rmdir", "os.unlink", "shutil.rmtree"]
+    patches = [mock.patch(name, nobody) for name in names]
+    for patch in patches:
+        patch.start()
+    report["anew"] = drawn(folder / "resumed", resume=False)
+    for patch in patches:
+        patch.stop()
+    c10d._set_pg_timeout(timedelta(seconds=2), c10d.GroupMember.WORLD)  # of a step
+    if leads():
+        time.sleep(3)  # rank 0 writes for longer than that
+    wait()
+    report["files"] = sorted(path.name for path in (folder / "resumed").iterdir())
+    (folder / f"rank-{rank}.json").write_text(json.dumps(report))
+
+
+def main(kind, folder, *options):
     folder = Path(folder)
     torch.set_num_threads(1)
-    if kinds != "ALONE":
-        start(timeout=20)
     if options:
-        run(kinds, "lora", folder, folder / "checkpoints", int(options[1]) or None)
+        start(timeout=20, device="cpu")
+        run(kind, "lora", folder, folder / "checkpoints", int(options[1]) or None)
+    elif kind == "ALONE":
+        for method in ("full", "lora"):
+            run(kind, method, folder)
     else:
-        for kind in kinds.split(","):
+        started = on_one_gpu(timeout=20)
+        for shared in ("ddp", "fsdp"):
             for method in ("full", "lora"):
-                run(kind, method, folder)
+                run(shared, method, folder)
+        apart(folder, started)
     finish()
 
 

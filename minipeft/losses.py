@@ -1,0 +1,222 @@
+"""The loss of a batch, summed over its targets, and the number of its targets, by kind of model.
+
+A causal language model predicts the label at t + 1 from position t; its loss is computed here, in
+float32. Other models of transformers have a loss of their own, a mean. Times the number of targets
+it is a sum again, so that unequal batches and ranks add up to one large batch.
+
+kind of model                targets                        unit of the mean
+causal language model        labels after the first         nats per token
+masked language model, sequence to sequence, token classification
+                             labels                         nats per token
+sequence classification      rows                           nats per row
+  several labels a row       every label of every row       nats per label
+  regression                 every number of every row      squared error per number
+question answering           rows                           nats per row, mean of start and end
+
+A label of -100 is no target, but in regression and with several labels a row, where all count.
+"""
+
+import functools
+import inspect
+import re
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+from transformers.utils import TransformersKwargs
+
+CAUSAL = "causal language model"
+KINDS = {  # {kind: what the name of its class holds}
+    "sequence classification": "ForSequenceClassification",
+    "token classification": "ForTokenClassification",
+    "question answering": "ForQuestionAnswering",
+    "masked language model": "ForMaskedLM|WithLMHeadModel",
+    CAUSAL: "ForCausalLM|(?<!XLNet)LMHeadModel|ModelWithLMHead|GenerationDecoder",
+    "sequence to sequence": "ForConditionalGeneration|MTModel|EncoderDecoderModel",
+}
+POSITIONS = ("start_positions", "end_positions")
+
+
+def kind_of(model):
+    """A key of KINDS, or None for a model of transformers that is of no such kind."""
+    model = _bare(model)
+    kind = _kind_by_name(type(model))
+    if kind == "sequence to sequence" and not model.config.is_encoder_decoder:
+        return CAUSAL  # a decoder that takes images too
+    if kind is None and not isinstance(model, PreTrainedModel):
+        return CAUSAL  # a module of one's own
+    return kind
+
+
+@functools.cache
+def _kind_by_name(model_class):
+    names = " ".join(c.__name__ for c in model_class.__mro__)
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, names)), None)
+
+
+def _bare(model):
+    """The model of transformers inside of HF peft's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def count_targets(batch, model=None):
+    """How many targets a batch has for `model`; without one, for a causal language model.
+
+    Its label 0 of a row never is a target: nothing precedes it.
+    """
+    kind = CAUSAL if model is None else kind_of(model)
+    if kind == "question answering":
+        return len(batch[POSITIONS[0]])
+    labels = batch["labels"]
+    if labels.is_floating_point():
+        return labels.numel()
+    return int(((labels[:, 1:] if kind == CAUSAL else labels) != -100).sum())
+
+
+def loss_sum(model, batch):
+    """The loss summed over the targets of a batch, in the unit of the table above."""
+    if kind_of(model) == CAUSAL:
+        _, logits, targets = predict(model, batch)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return cross_entropy(logits, targets, reduction="sum")
+    targets, device = count_targets(batch, model), next(model.parameters()).device
+    more = {"use_cache": False} if "use_cache" in _parameters(type(_bare(model))) else {}
+    output = model(**{name: send(tensor, device) for name, tensor in batch.items()}, **more)
+    if not targets:  # other ranks have them; this one adds nothing
+        return output.logits.sum() * 0.0
+    return output.loss.to(torch.promote_types(output.loss.dtype, torch.float32)) * targets
+
+
+def places(batch):
+    """(rows, columns), each (targets,): labels[rows, columns + 1] are the targets.
+
+    Looked up where the labels are, before they travel: on a GPU it would make the host wait.
+    """
+    return (batch["labels"][:, 1:] != -100).nonzero(as_tuple=True)
+
+
+def predict(model, batch, **options):
+    """(output, logits (targets, vocab), targets (targets,)) of a causal language model.
+
+    Positions before the first target need no logits, and they are the largest tensor of the step,
+    so only the last `keep` are asked for. Raises ValueError for a label beyond the vocabulary.
+    """
+    device = next(model.parameters()).device
+    rows, columns = places(batch)
+    labels = batch["labels"]  # (batch, seq)
+    first = int(columns.min()) if len(columns) else labels.shape[1] - 1  # none: other ranks have
+    keep = labels.shape[1] - first
+    inputs = {name: send(tensor, device) for name, tensor in batch.items() if name != "labels"}
+    output = model(**inputs, use_cache=False, logits_to_keep=keep, **options)
+    logits = output.logits[:, -keep:-1]  # (batch, keep - 1, vocab)
+    targets = labels[rows, columns + 1]
+    _refuse_beyond(targets, logits.shape[-1])
+    rows, columns, targets = (send(t, logits.device) for t in (rows, columns - first, targets))
+    return output, logits[rows, columns], targets
+
+
+def send(tensor, device):
+    """The tensor on `device`. Out of pinned memory a copy to a GPU runs while the host goes on."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.contiguous().pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def _refuse_beyond(labels, count):
+    """Raise ValueError for class numbers or token ids outside 0 to count - 1."""
+    bad = labels[(labels != -100) & ((labels < 0) | (labels >= count))]
+    if len(bad):
+        raise ValueError(
+            f"A label is {int(bad[0])}, but the model tells apart 0 to {count - 1}; "
+            "-100 marks what is no target."
+        )
+
+
+@functools.cache
+def _parameters(model_class):
+    """The names that the forward of a class takes; empty if it does not name them."""
+    parameters = inspect.signature(model_class.forward).parameters
+    if "input_ids" not in parameters:
+        return frozenset()
+    kwargs = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return frozenset(parameters) | (set(TransformersKwargs.__annotations__) if kwargs else set())
+
+
+def refuse_kind(model):
+    """Raise ValueError for a model whose loss is not known."""
+    if kind_of(model) is None:
+        raise ValueError(
+            f"{type(model).__name__} has no loss that is known here; these have: "
+            f"{', '.join(KINDS)}. Give train a loss_sum of your own, and no eval_batches."
+        )
+
+
+def refuse_batch(batch, number, model):
+    """Raise ValueError unless `loss_sum` can take batch `number` of a run with this model."""
+    refuse_kind(model)
+    refuse_no_targets(batch, number, model)
+    kind, name = kind_of(model), type(model).__name__
+    taken = _parameters(type(_bare(model)))
+    foreign = sorted(batch.keys() - taken)
+    if foreign and taken:
+        raise ValueError(
+            f"Batch {number} has {foreign[0]}, which {name} does not take and would ignore. "
+            "Leave it out of the batches."
+        )
+    if kind == "question answering":
+        width = batch["input_ids"].shape[1]
+        for key in POSITIONS:
+            if not ((batch[key] >= 0) & (batch[key] < width)).all():
+                raise ValueError(
+                    f"Batch {number} has {key} {batch[key].tolist()}, but positions go from 0 to "
+                    f"{width - 1}. Drop the rows whose answer was cut off."
+                )
+    elif kind == "sequence classification":
+        _refuse_row_labels(batch["labels"], number, model)
+    elif kind == "token classification":
+        _refuse_beyond(batch["labels"], model.config.num_labels)
+
+
+def refuse_no_targets(batch, number, model):
+    """Raise ValueError for a batch that has nothing to learn from, or labels of another shape."""
+    kind = kind_of(model)
+    for key in POSITIONS if kind == "question answering" else ("labels",):
+        if key not in batch:
+            raise ValueError(f"Batch {number} has no {key}, only {sorted(batch)}.")
+    if kind in (CAUSAL, "masked language model", "token classification"):
+        labels, ids = batch["labels"], batch.get("input_ids", batch["labels"])
+        if labels.dim() != 2 or labels.shape != ids.shape or labels.is_floating_point():
+            raise ValueError(
+                f"Batch {number} has labels {tuple(labels.shape)} of {labels.dtype}; "
+                f"{type(model).__name__}, a {kind}, wants token ids like input_ids, (batch, seq)."
+            )
+    if not count_targets(batch, model):
+        where = "every label after the first" if kind == CAUSAL else "every label"
+        raise ValueError(
+            f"Batch {number} has no target token: {where} is -100, so there is nothing to "
+            "predict. Were the answers empty or cut off?"
+        )
+
+
+def _refuse_row_labels(labels, number, model):
+    """Labels of a classifier of rows must be what its loss will take them for."""
+    count, problem = model.config.num_labels, model.config.problem_type
+    if problem is None:  # as transformers decides
+        several = "multi_label" if labels.is_floating_point() else "single_label"
+        problem = "regression" if count == 1 else f"{several}_classification"
+    if problem == "single_label_classification":
+        fits = labels.dim() == 1 and labels.dtype in (torch.int64, torch.int32)
+        wanted = "class numbers, int64 (batch,)"
+    elif problem == "regression" and count == 1:
+        fits = labels.is_floating_point() and labels.shape in ((len(labels),), (len(labels), 1))
+        wanted = "numbers, float32 (batch,)"
+    else:
+        fits = labels.is_floating_point() and labels.shape == (len(labels), count)
+        wanted = f"numbers, float32 (batch, {count})"
+    if not fits:
+        raise ValueError(
+            f"Batch {number} has labels {tuple(labels.shape)} of {labels.dtype}; "
+            f"{type(model).__name__} with {count} labels ({problem}) wants {wanted}."
+        )
+    if problem == "single_label_classification":
+        _refuse_beyond(labels, count)
