@@ -158,13 +158,12 @@ def position_ids_from_mask(attention_mask):
     a GPU the look would make the host wait).
     """
     mask = attention_mask
-    fits = isinstance(mask, torch.Tensor) and not mask.is_floating_point() and mask.dim() > 0
+    fits = isinstance(mask, torch.Tensor) and mask.dim() > 0
     if fits and type(mask) is torch.Tensor and mask.device.type == "cpu":
         fits = bool(((mask == 0) | (mask == 1)).all())
     if not fits:
         raise ValueError(
-            "A mask is a tensor (batch, seq) of whole numbers, 1 for tokens and 0 for padding; got "
-            f"{shown(mask)}."
+            f"A mask is a tensor (batch, seq), 1 for tokens and 0 for padding; got {shown(mask)}."
         )
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)  # (batch, seq)
 
@@ -181,8 +180,8 @@ class Collator:
     Returns int64 tensors (batch, seq): input_ids, attention_mask, labels, and position_ids if
     asked for. Labels of whole rows are int64 (batch,), or float32 (batch,) or (batch, labels).
     position_ids begin at 0. A left-padded model with learned positions, such as GPT-2, needs them
-    (claim 1). A model that counts in a way of its own must not get them: OPT and RoBERTa find the
-    padding themselves.
+    (claim 1). A model that counts in a way of its own, as RoBERTa does from the id of its padding
+    token on, must not get them.
     Raises ValueError if there is no pad token, and for rows that cannot be trained on.
     """
 

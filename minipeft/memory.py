@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from minipeft.losses import CAUSAL, kind_of
 from minipeft.tape import BLOCKS, Tape
-from minipeft.technique import _restore, _state
-from minipeft.training import _adamw, switch_checkpointing
+from minipeft.technique import restore, snapshot
+from minipeft.training import adamw, switch_checkpointing
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "inputs", "temporaries")
 PRECISIONS = ("float32", "bfloat16")
@@ -304,7 +304,9 @@ def _forward(tape, starts, checkpointing):
             if checkpointing:  # and the gradient of the block's output
                 kept, held = {v.storage for begin, v in starts if begin <= i}, 2 * held
                 kept |= set(tape.held)
-        if node.dequantised:
+                end = min(begin for begin in begins if begin > i)
+        # What comes after the last tensor that is kept is not computed anew.
+        if node.dequantised and not (checkpointing and not _kept(tape.nodes[i:end])):
             now = Counter(activations=sum(map(tape.bytes, kept)))
             now["temporaries"] = sum(map(tape.bytes, (live | named) - kept))
             now["temporaries"] += held + tape.work(node, node.output)
@@ -565,20 +567,20 @@ def _refuse_model(model, attention, dtype, device):
 @contextmanager
 def _left_as_it_was(model):
     """After the block the model is what it was before, and so are the random numbers."""
-    before, config = _state(model), dict(vars(model.config))
+    before, config = snapshot(model), dict(vars(model.config))
     gpus = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
         with torch.random.fork_rng(gpus):
             yield
     finally:
-        _restore(model, before)
+        restore(model, before)
         vars(model.config).clear()
         vars(model.config).update(config)
 
 
 def _optimizer(name, params):
     if name == "adamw":
-        return _adamw([{"params": params}], lr=0.0)
+        return adamw([{"params": params}], lr=0.0)
     if name == "adamw-foreach":
         return torch.optim.AdamW(params, lr=0.0, foreach=True)
     if name == "sgd":

@@ -25,12 +25,12 @@ def adding(model, name, again=False):
     """
     if not (again and getattr(model, "minipeft_technique", None) == name):
         refuse_tuned(model)
-    before = _state(model)
+    before = snapshot(model)
     try:
         yield
         mark(model, name)
     except BaseException:
-        _restore(model, before)
+        restore(model, before)
         raise
 
 
@@ -48,7 +48,7 @@ def refuse_tuned(model):
         )
 
 
-def _state(model):
+def snapshot(model):
     """References to all that a technique may change; no tensor is copied."""
     parameters = [(p, p.data, p.requires_grad, p.grad) for p in model.parameters()]
     modules = []
@@ -59,7 +59,7 @@ def _state(model):
     return parameters, modules
 
 
-def _restore(model, before):
+def restore(model, before):
     parameters, modules = before
     for module, attributes, inner in modules:
         vars(module).clear()

@@ -325,7 +325,7 @@ def _resume(folder, model, optimizer, scaler, batches):
     return history, place, states, load_tensors(folder, model, optimizer, apart)
 
 
-def _adamw(groups, lr):
+def adamw(groups, lr):
     """AdamW in torch's one kernel for all parameters, where there is one. It can be told on the
     device to leave everything as it is, by its attribute `found_inf`."""
     if all(p.is_contiguous() for group in groups for p in group["params"]):  # else it misreads
@@ -405,7 +405,7 @@ def train(
     if eval_batches is not None:
         refuse_kind(model)
     params = list(trainables(model).values())
-    optimizer = _adamw(own, lr)
+    optimizer = adamw(own, lr)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
     half = {"dtype": AUTOCAST[precision], "enabled": precision != "float32"}
     save_every = save_every or math.ceil(max_steps / 10)
