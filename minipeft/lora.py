@@ -119,9 +119,10 @@ class LoRALinear(nn.Module):
         if learning or not has_numbers(self) or any(t.is_inference() for t in tensors):
             self.kept = None
             return self._norms()
-        state = [(id(t), t.data_ptr(), t._version) for t in tensors]
+        state = [(t.data_ptr(), t._version) for t in tensors]
         if self.kept is None or self.kept[1] != state:
-            self.kept = self._norms(), state, tensors  # held, so that no id is given anew
+            held = [t.detach() for t in tensors]  # so that no address is given to another tensor
+            self.kept = self._norms(), state, held
         return self.kept[0]
 
     @torch.no_grad()
@@ -132,7 +133,7 @@ class LoRALinear(nn.Module):
         self.kept = None
         return super().train(mode)
 
-    def _apply(self, *args, **kwargs):  # .to(), .half(), .cuda() ...
+    def _apply(self, *args, **kwargs):  # .to(), .half() ...: nothing of the old is held
         self.kept = None
         return super()._apply(*args, **kwargs)
 

@@ -20,7 +20,6 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
@@ -299,14 +298,14 @@ def _forward(tape, starts, checkpointing):
     begins = dict(starts)
     kept, live, held, peak = set(tape.held), set(), 0, Counter()
     for i, node in enumerate(tape.nodes):
-        if begins.get(i):  # Python's variables: the embedded tokens, a block's input, the normed one
+        if begins.get(i):
+            # Python's variables: the embedded tokens, the input of the block, and that of its MLP
             named, held = {starts[0][1].storage, begins[i].storage}, tape.bytes(begins[i])
-            if checkpointing:  # and the gradient of the block's output
-                kept, held = {v.storage for begin, v in starts if begin <= i}, 2 * held
-                kept |= set(tape.held)
-                end = min(begin for begin in begins if begin > i)
-        # What comes after the last tensor that is kept is not computed anew.
-        if node.dequantised and not (checkpointing and not _kept(tape.nodes[i:end])):
+            if checkpointing:
+                kept = set(tape.held) | {v.storage for begin, v in starts if begin <= i}
+                end = _last_needed(tape, min(begin for begin in begins if begin > i))
+                held = 2 * held + tape.bytes(tape.nodes[end].output)
+        if node.dequantised and not (checkpointing and i > end):
             now = Counter(activations=sum(map(tape.bytes, kept)))
             now["temporaries"] = sum(map(tape.bytes, (live | named) - kept))
             now["temporaries"] += held + tape.work(node, node.output)
@@ -314,6 +313,16 @@ def _forward(tape, starts, checkpointing):
         kept |= {value.storage for value in node.kept}
         live = {v for v in live | {node.output.storage} if uses.get(v, 0) > i}
     return peak
+
+
+def _last_needed(tape, end):
+    """The last operation, in a block that ends before `end`, whose gradient asks for what it kept.
+    Checkpointing computes a block anew from its input to there, when the gradient has come down to
+    there."""
+    end -= 1
+    while tape.nodes[end].dequantised or not tape.nodes[end].fresh:  # these keep nothing
+        end -= 1
+    return end
 
 
 def _backward(tape, starts, checkpointing):
@@ -357,7 +366,7 @@ def _backward(tape, starts, checkpointing):
             peaks[moment] = Counter(now)
         largest["logits"] = max(largest["logits"], now["logits"])
 
-    ends = {end - 1: (begin, end) for begin, end in blocks}
+    ends = {_last_needed(tape, end): (begin, end) for begin, end in blocks}
     begins = {begin: value for begin, value in starts[:-1]} if checkpointing else {}
     last = len(tape.nodes) - 1
     flowing[tape.nodes[last].output] = [0, 1, "temporaries"]
@@ -515,7 +524,7 @@ def measure(
            device or "cpu", tracker)  # fmt: skip
     options = (batch, seq, optimizer, precision, checkpointing, tracker)
     if isinstance(model, PretrainedConfig):
-        rules = _RulesOfCUDA() if device == "cuda" else nullcontext()
+        rules = _rules_of_cuda() if device == "cuda" else nullcontext()
         with FakeTensorMode(), rules:
             memory = _step(_build(model, method, dtype, attention), *options)
         if device == "cuda":
@@ -527,23 +536,25 @@ def measure(
         return _step(_prepared(model, method), *options)
 
 
-class _RulesOfCUDA(TorchFunctionMode):
+@contextmanager
+def _rules_of_cuda():
     """What CUDA does otherwise than a CPU, for tensors that say they are on a CPU: torch without
-    CUDA cannot take a step on fake tensors that say they are on a GPU."""
+    CUDA takes no step on fake tensors that say they are on a GPU."""
+    attention, dropout = nn.functional.scaled_dot_product_attention, torch._VF.dropout
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is nn.functional.scaled_dot_product_attention:
-            kwargs = kwargs | {"dropout_p": 0.0}  # no mask is kept there; a CPU would leave fusion
-        if func is nn.functional.dropout:
-            x, p, training = _dropout_arguments(*args, **kwargs)
-            if training and 0 < p < 1:
-                return torch.native_dropout(x, p, training)[0]  # keeps a byte an element
-        return func(*args, **kwargs)
+    def native(x, p, training):  # keeps a byte an element
+        if training and 0 < p < 1:
+            return torch.native_dropout(x, p, True)[0]
+        return dropout(x, p, training)
 
+    def fused(*args, **kwargs):  # no mask is kept; a CPU would leave the fused kernel
+        return attention(*args, **kwargs | {"dropout_p": 0.0})
 
-def _dropout_arguments(input, p=0.5, training=True, inplace=False):
-    return input, p, training
+    nn.functional.scaled_dot_product_attention, torch._VF.dropout = fused, native
+    try:
+        yield
+    finally:
+        nn.functional.scaled_dot_product_attention, torch._VF.dropout = attention, dropout
 
 
 def _refuse_model(model, attention, dtype, device):

@@ -345,16 +345,18 @@ def survive_checkpointing(model):
 
 
 def _fetch_again(model, layer, name, attention, args, kwargs):
+    names = list(inspect.signature(attention.forward).parameters)
+    kwargs = dict(zip(names, args, strict=False)) | kwargs
     given = kwargs.get(name)
     if given is not None and not isinstance(given, CheckpointedCache):
         return None
     # From the parameters anew, so that the recomputed block has them in its own piece of graph.
-    hidden = next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
+    hidden = next(t for t in kwargs.values() if isinstance(t, torch.Tensor))
     keys_values = model.virtual_tokens(layer).to(hidden.device, model.dtype)
     batch = hidden.shape[0]
     cache = DynamicCache()
     DynamicCache.update(cache, *(t.expand(batch, -1, -1, -1) for t in keys_values), layer)
-    return args, kwargs | {name: cache}
+    return (), kwargs | {name: cache}
 
 
 def _cut(model, args, kwargs, output):

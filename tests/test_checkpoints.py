@@ -284,6 +284,7 @@ def test_loading_only_reads(tmp_path):
     (folder / ".adapter_config.json-minipeft-0123").write_text("left by a writer")
     before = everything(tmp_path)
     load_adapter(base(), folder)
+    assert everything(tmp_path) == before
     (tmp_path / "adapter").rename(tmp_path / "moved")
     before = everything(tmp_path)
     with pytest.raises(ValueError, match="is no adapter folder"):
@@ -715,6 +716,22 @@ def test_we_read_the_classifiers_of_hf_peft(name, tmp_path):
     shake(other).eval().save_pretrained(tmp_path)
     ours = load_adapter(classifier(name), tmp_path)
     assert close(ours(WORDS)[0], other(WORDS)[0])
+
+
+def test_modules_that_hf_peft_takes_for_heads_by_their_names_are_in_the_folder(tmp_path):
+    """On a classifier it looks for whatever ends in "score" or "classifier"."""
+
+    def with_router():
+        model = classifier("BertForSequenceClassification")
+        model.bert.encoder.layer[0].router_score = nn.Linear(2, 2, dtype=torch.float64)
+        return model
+
+    model = shake(add_lora(with_router(), r=2, targets="query"))
+    folder = save_adapter(model, tmp_path / "a")
+    options = {"autocast_adapter_dtype": False}
+    other = peft.PeftModel.from_pretrained(with_router(), folder, **options).double().eval()
+    assert close(other(WORDS).logits, model(WORDS).logits)
+    assert torch.equal(load_adapter(with_router(), folder)(WORDS).logits, model(WORDS).logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
