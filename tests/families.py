@@ -711,7 +711,6 @@ def reaching(plain, model, method, family, length=24):
     row = row_of(a_text(length, 6), method)
     if method in IN_FRONT:
         out = {0: logits_of(model, row)}
-        by_layer = [slice(None)]
     else:
         stack = stack_of(model)
         out = {}
