@@ -29,8 +29,9 @@ TECHNIQUES = {  # the module that reads a folder of this type
     "P_TUNING_TEMPLATE": "p_tuning",
     "MINIPEFT_PROMPT_TUNING": "prompt_tuning",  # with trained embeddings, which peft would pass by
     "MINIPEFT_P_TUNING": "p_tuning",
-    "PREFIX_TUNING": "prefix_tuning",  # on a model without a language-model head, p_tuning_v2
+    "PREFIX_TUNING": "prefix_tuning",  # on a model that does not generate, p_tuning_v2
 }
+GENERATING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 TASKS = {  # by the end of the name of a model's class
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
@@ -81,6 +82,7 @@ def save_adapter(model, folder):
         state |= {f"{_prefix(name)}{key}.{k}": tensor for k, tensor in inner}
     state = {k: whole(t).detach().to("cpu", copy=True).contiguous() for k, t in state.items()}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    wait()  # until every rank has looked at the folder
     if leads():  # of several ranks, which all put the tensors together
         if target.exists():
             _write(target, text, state)
@@ -105,7 +107,7 @@ def load_adapter(model, folder):
         known = ", ".join(sorted(TECHNIQUES))
         raise ValueError(f"The adapter is of type {kind}; minipeft has {known}.")
     name = TECHNIQUES[kind]
-    if name == "prefix_tuning" and model.get_output_embeddings() is None:
+    if name == "prefix_tuning" and _task(model)["task_type"] not in GENERATING:
         name = "p_tuning_v2"
     technique = importlib.import_module(f"minipeft.{name}")
     _refuse_foreign(config, technique.READS)
@@ -136,6 +138,8 @@ def _hidden(folder, name, token):
 
 def _token(folder):
     """The token of the tensors in a folder, or "" if they have none, or cannot be read."""
+    if not (folder / TENSORS).is_file():
+        return ""
     try:
         with safe_open(folder / TENSORS, "pt") as file:
             return (file.metadata() or {}).get("minipeft", "")
@@ -256,7 +260,7 @@ def _task(model):
             return {"task_type": task}
     if getattr(model, "can_generate", bool)():
         seq2seq = getattr(model.config, "is_encoder_decoder", False)
-        return {"task_type": "SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM"}
+        return {"task_type": GENERATING[seq2seq]}
     if getattr(model, "base_model", model) is model:
         return {"task_type": "FEATURE_EXTRACTION"}
     kind = {"base_model_class": classes[0], "parent_library": type(model).__module__}

@@ -31,8 +31,9 @@ def behind_link(folder):
             f"{folder} is a link to {target}, which is not there; mount its disk, or remove the "
             "link."
         )
-    if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"{folder} is a file, so no folder can be written there.")
+    there = next(path for path in (target, *target.parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there} is a file, so no folder can be written there.")
     return target
 
 

@@ -232,8 +232,8 @@ def add_lora(
     _check(r, alpha, dropout, scaling, dora)
     config = {
         "r": r,
-        "lora_alpha": alpha,
-        "lora_dropout": dropout,
+        "lora_alpha": alpha if isinstance(alpha, int) else float(alpha),  # as JSON has them
+        "lora_dropout": float(dropout),
         "use_rslora": scaling == "rslora",
         "use_dora": dora,
         "target_modules": list(targets),
@@ -459,7 +459,8 @@ def from_peft(model, config, state):
     """
     refuse_tuned(model)
     defaults = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0}  # peft's
-    config = defaults | {"use_rslora": False, "use_dora": False} | config
+    config = defaults | config
+    config |= {key: config.get(key) or False for key in ("use_rslora", "use_dora")}
     if not isinstance(config["use_rslora"], bool):
         raise ValueError(f"use_rslora={config['use_rslora']!r} is neither true nor false.")
     scaling, dora = "rslora" if config["use_rslora"] else "alpha/r", config["use_dora"]

@@ -106,7 +106,7 @@ class NF4Linear(nn.Linear):
     def __init__(self, weight, bias=None, block_size=64, double=True):
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
-        self.block_size, self.double, self.dtype = block_size, double, weight.dtype
+        self.block_size, self.double_quant, self.dtype = block_size, double, weight.dtype
         codes, absmax = quantize(weight.detach(), table(nf4_code, weight), block_size)
         codes = codes.flatten()
         self.register_buffer("codes", codes[::2] * 16 + codes[1::2])  # two codes a byte
@@ -131,7 +131,7 @@ class NF4Linear(nn.Linear):
     def _weight(self, dtype):
         """W (out, in) in `dtype`; takes 6 bytes a weight while it works."""
         absmax = self.absmax  # (blocks,)
-        if self.double:
+        if self.double_quant:
             code = table(dynamic_code, self.codes, True)
             factors = code.index_select(0, self.absmax_codes.int()).view(-1, BLOCK_8BIT)
             absmax = torch.addcmul(self.mean, factors, absmax[:, None]).flatten()
@@ -143,7 +143,7 @@ class NF4Linear(nn.Linear):
 
     def forward(self, x):
         device = x.device.type
-        if torch.is_autocast_enabled(device):
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         return _Frozen.apply(x, self.bias, self)  # (..., out)
 
@@ -161,7 +161,7 @@ class NF4Linear(nn.Linear):
         return super()._apply(moved, recurse)
 
     def extra_repr(self):
-        bits = f"NF4, block_size={self.block_size}, double={self.double}, dtype={self.dtype}"
+        bits = f"NF4, block_size={self.block_size}, double={self.double_quant}, dtype={self.dtype}"
         return f"{super().extra_repr()}, {bits}"
 
     def on_paper(self, tape, x, out):
@@ -231,14 +231,14 @@ def _refuse_weights(model, stack):
     stays = sum(p.numel() for p in other)
     share = stays / (stays + sum(p.numel() for p in linear))
     if share > 0.1:  # convolutions and routers are some 2 % at most
-        largest = names[max(other, key=torch.numel)]
+        largest = names[max((p for p in names if p in other), key=torch.numel)]
         raise ValueError(
-            f"{share:.0%} of the weights of the blocks of this {type(model).__name__} are in no "
-            f"linear layer, as {largest}, and would not become smaller; quantize_base has no form "
-            "for them, such as fused experts."
+            f"{share:.0%} of the weights in the blocks of this {type(model).__name__} would stay "
+            f"as large as they are, {largest} for one: quantize_base keeps nn.Linear and Conv1D in "
+            "NF4, but not parameters of other modules, such as fused experts."
         )
     real = has_numbers(model)
-    for weight in linear:
+    for weight in (layer.weight for layer in layers):
         if not weight.is_floating_point() or (real and not weight.isfinite().all()):
             raise ValueError(
                 f"{names.get(weight, 'A weight')} ({weight.dtype}) cannot be kept in NF4: it is "
@@ -255,8 +255,16 @@ class AdamW8bit(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
-        if not lr >= 0 or not eps > 0 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"lr={lr}, eps={eps} or betas={betas} is out of range.")
+        try:
+            beta1, beta2 = betas
+            fits = eps > 0 and all(0 <= beta < 1 for beta in (beta1, beta2))
+            fits = fits and all(0 <= value < math.inf for value in (lr, eps, weight_decay))
+        except (TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"lr={lr}, betas={betas}, eps={eps} or weight_decay={weight_decay} is out of range."
+            )
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, settings)
 

@@ -253,6 +253,10 @@ def _refuse_bad_input(
         raise ValueError("warmup_steps is larger than max_steps: the rate would never reach lr.")
     if precision not in AUTOCAST:
         raise ValueError(f"precision={precision!r} is none of {', '.join(AUTOCAST)}.")
+    if precision == "float16" and any(p.dtype == torch.bfloat16 for p in model.parameters()):
+        raise ValueError(
+            "precision='float16' does not go with weights in bfloat16; take precision='bfloat16'."
+        )
     if precision == "float16" and ranks() > 1:
         raise ValueError("Loss scaling is not tried on several ranks; take bfloat16 or float32.")
     if precision == "float16" and device.type not in ("cpu", "cuda"):

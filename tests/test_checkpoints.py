@@ -189,6 +189,13 @@ def same(a, b):
         (lambda f: change(f, lambda t: t.long()), "torch.int64, not a floating-point type"),
         (lambda f: change(f, lambda t: t[0]), "does not fit this base model"),
         (lambda f: os.truncate(f / "adapter_model.safetensors", 0), "damaged and cannot be read"),
+        (
+            lambda f: (
+                (f / "adapter_model.safetensors").unlink()
+                or (f / "adapter_model.safetensors").mkdir()
+            ),
+            "the copy is incomplete",
+        ),
         (lambda f: spoil(f, r=4), r"does not fit this base model: .* is \(3, \d+\) in"),
         (lambda f: spoil(f, target_modules=["q_proj"]), "v_proj.* and nowhere in the model"),
         (lambda f: spoil(f, target_modules=["q_proj", "v_proj", "o_proj"]), "o_proj.* is missing"),
@@ -324,8 +331,11 @@ def test_saving_writes_through_a_link(tmp_path):
     with pytest.raises(ValueError, match="is a link to .* which is not there"):
         save_adapter(tuned(), tmp_path / "lost")
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="is a file"):
-        save_adapter(tuned(), tmp_path / "file")
+    for path in ("file", "file/below"):
+        with pytest.raises(ValueError, match="file is a file"):
+            save_adapter(tuned(), tmp_path / path)
+        with pytest.raises(ValueError, match="is no adapter folder"):
+            load_adapter(base(), tmp_path / path)
 
 
 def plain_pair(folder):
@@ -747,7 +757,8 @@ def test_a_head_on_a_half_precision_base_is_kept_in_float32(dtype, tmp_path):
 
 @pytest.mark.parametrize("name", ["LlamaForSequenceClassification", "GPT2ForTokenClassification",
                                   "BertForSequenceClassification", "BertForQuestionAnswering",
-                                  "DistilBertForSequenceClassification"])  # fmt: skip
+                                  "DistilBertForSequenceClassification", "BertForMaskedLM",
+                                  "BertModel"])  # fmt: skip
 @pytest.mark.parametrize("method", ["adapters", "key_value"])
 def test_other_methods_keep_the_head_of_a_classifier(name, method, tmp_path):
     model = METHODS[method](classifier(name))
@@ -755,7 +766,10 @@ def test_other_methods_keep_the_head_of_a_classifier(name, method, tmp_path):
     expected = shake(model)(WORDS)[0]
     folder = save_adapter(model, tmp_path / "adapter")
     config = json.loads((folder / "adapter_config.json").read_text())
-    assert set(config["modules_to_save"]) == heads and config["task_type"] == CLASSIFIERS[name][2]
+    assert (
+        set(config["modules_to_save"] or []) == heads
+        and config["task_type"] == CLASSIFIERS[name][2]
+    )
     again = load_adapter(classifier(name), folder)
     assert torch.equal(again(WORDS)[0], expected)
     assert trainable_of(again) == trainable_of(model)
@@ -912,7 +926,8 @@ def test_missing_settings_are_hf_pefts_defaults(tmp_path):
     config = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
     other = peft.get_peft_model(base(), config, autocast_adapter_dtype=False).double().eval()
     shake(other).save_pretrained(tmp_path)
-    write(tmp_path, json.dumps({"peft_type": "LORA", "target_modules": ["q_proj"]}))
+    given = {"peft_type": "LORA", "target_modules": ["q_proj"], "use_dora": None, "bias": "none"}
+    write(tmp_path, json.dumps(given))
     expected = other(IDS).logits
     assert close(theirs("tiny-llama", tmp_path)(IDS).logits, expected)
     assert close(load_adapter(base(), tmp_path)(IDS).logits, expected)

@@ -138,8 +138,9 @@ def test_nothing_stays_behind_and_relative_paths_work(tmp_path, monkeypatch):
 
 def test_a_file_in_the_way_is_named(tmp_path):
     (tmp_path / "result").write_text("mine")
-    with pytest.raises(NotADirectoryError, match="is a file"):
-        _write(tmp_path / "result", "new")
+    for path in ("result", "result/below", "result/far/below"):
+        with pytest.raises(NotADirectoryError, match="result is a file"):
+            _write(tmp_path / path, "new")
     assert (tmp_path / "result").read_text() == "mine"
 
 

@@ -3,15 +3,43 @@
 import copy
 import math
 
+import peft
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    LlamaConfig,
+    MixtralConfig,
+    OPTConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+    XLNetConfig,
+)
+from transformers.pytorch_utils import Conv1D
 
-from minipeft import add_lora, load_adapter, load_base, merge_lora, save_adapter
-from minipeft.memory import saved_bytes
+from minipeft import (
+    add_lora,
+    add_p_tuning_v2,
+    count_parameters,
+    load_adapter,
+    load_base,
+    merge_lora,
+    quantization,
+    save_adapter,
+    unfreeze,
+)
+from minipeft.freezing import count_by_module, only_biases
+from minipeft.memory import Tracker, saved_bytes
 from minipeft.quantization import (
     AdamW8bit,
     NF4Linear,
@@ -246,16 +274,330 @@ def test_eight_bit_state_survives_a_state_dict():
     assert torch.equal(p, q)
 
 
-def test_bad_input_is_refused_in_one_sentence():
-    model = lambda: load_base("tiny", device="cpu")[0]  # noqa: E731
-    with pytest.raises(ValueError, match="block_size=63 must be even"):
-        quantize_base(model(), block_size=63)
-    with pytest.raises(ValueError, match="Quantise the base first"):
-        quantize_base(add_lora(model()))
-    with pytest.raises(ValueError, match="no linear layer left"):
-        quantize_base(quantize_base(model()))
-    with pytest.raises(ValueError, match="out of range"):
-        AdamW8bit([nn.Parameter(torch.zeros(1))], betas=(0.9, math.inf))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_eight_bit_state_of_a_half_precision_parameter_survives_a_state_dict_too(dtype):
+    """torch casts what it loads to the type of the parameter."""
+    p = nn.Parameter(torch.randn(100, 100, dtype=dtype))
+    bias = nn.Parameter(torch.randn(100, dtype=dtype))
+    one, two = (AdamW8bit([p, bias], lr=0.1) for _ in range(2))
+    p.grad, bias.grad = torch.randn_like(p), torch.randn_like(bias)
+    one.step()
+    two.load_state_dict(copy.deepcopy(one.state_dict()))
+    for tensor in (p, bias):
+        assert two.state[tensor].keys() == one.state[tensor].keys()
+        for name, value in one.state[tensor].items():
+            assert not torch.is_tensor(value) or value.dtype == two.state[tensor][name].dtype
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(two.state[tensor][name]))
+
+
+def unchanged(model):
+    """A function that tells whether the model is still what it is now."""
+    modules, state = list(model.modules()), copy.deepcopy(model.state_dict())
+    flags = [p.requires_grad for p in model.parameters()]
+
+    def tell():
+        now = model.state_dict()
+        return (
+            list(model.modules()) == modules
+            and [p.requires_grad for p in model.parameters()] == flags
+            and all(torch.equal(now[k].nan_to_num(), v.nan_to_num()) for k, v in state.items())
+        )
+
+    return tell
+
+
+def with_nan(model):
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = math.nan
+    return model
+
+
+def with_integers(model):
+    layer = model.model.layers[0].mlp.up_proj
+    layer.weight = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+    return model
+
+
+def marked_as_quantised(model):
+    model.is_quantized = True  # as transformers does
+    return model
+
+
+@pytest.mark.parametrize(
+    "prepare, options, message",
+    [
+        (None, {"block_size": 63}, "block_size=63 must be even"),
+        (None, {"block_size": 0}, "block_size=0 is no number of weights"),
+        (None, {"block_size": 64.0}, "block_size=64.0 is no number of weights"),
+        (None, {"block_size": "64"}, "block_size='64' is no number of weights"),
+        (None, {"double": "no"}, "double='no' must be True or False"),
+        (add_lora, {}, "Quantise the base first"),
+        (lambda m: peft.get_peft_model(m, peft.LoraConfig()), {}, "Quantise the base first"),
+        (quantize_base, {}, "no linear layer left"),
+        (marked_as_quantised, {}, "transformers has quantised this model already"),
+        (with_nan, {}, r"model.layers.1.mlp.up_proj.weight \(torch.float32\).*NaN or infinite"),
+        (with_integers, {}, r"model.layers.0.mlp.up_proj.weight \(torch.int8\)"),
+        (lambda m: m.get_input_embeddings(), {}, "no list of blocks"),
+        (lambda m: None, {}, "None is no model"),
+    ],
+)
+def test_bad_input_is_refused_in_one_sentence(prepare, options, message):
+    model, _ = load_base("tiny", device="cpu")
+    model = model if prepare is None else prepare(model)
+    same = unchanged(model) if model is not None else lambda: True
+    with pytest.raises(ValueError, match=message):
+        quantize_base(model, **options)
+    assert same()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"betas": (0.9, math.inf)}, {"betas": 0.9}, {"betas": (0.9,)}, {"lr": math.nan}, {"lr": -1.0},
+     {"lr": "1e-3"}, {"eps": 0.0}, {"eps": None}, {"weight_decay": -1}, {"weight_decay": math.inf}],
+)  # fmt: skip
+def test_settings_of_the_eight_bit_optimiser_are_checked(options):
+    with pytest.raises(ValueError, match="is out of range") as error:
+        AdamW8bit([nn.Parameter(torch.zeros(1))], **options)
+    assert str(next(iter(options.values()))) in str(error.value)
+
+
+TINY = {"vocab_size": 80, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "pad_token_id": 0}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "make, blocks, outside",
+    [
+        (lambda: AutoModelForSequenceClassification.from_config(LlamaConfig(**TINY)),
+         "model.layers.", {"score"}),
+        (lambda: AutoModelForSequenceClassification.from_config(BertConfig(**TINY)),
+         "bert.encoder.layer.", {"bert.pooler.dense", "classifier"}),
+        (lambda: AutoModelForQuestionAnswering.from_config(BertConfig(**TINY)),
+         "bert.encoder.layer.", {"qa_outputs"}),
+        (lambda: AutoModelForCausalLM.from_config(
+            OPTConfig(**TINY | {"pad_token_id": 1}, ffn_dim=48, word_embed_proj_dim=16)),
+         "model.decoder.layers.",
+         {"lm_head", "model.decoder.project_in", "model.decoder.project_out"}),
+        (lambda: load_base("tiny-gpt2", device="cpu")[0], "transformer.h.", {"lm_head"}),
+    ],
+)  # fmt: skip
+def test_what_stands_outside_the_blocks_is_not_quantised(make, blocks, outside):
+    model = make()
+    layers = {n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    kept = {n: model.get_submodule(n).weight.detach().clone() for n in outside}
+    before = count_parameters(model)[1], {k: v[1] for k, v in count_by_module(model).items()}
+    assert quantize_base(model) is model
+    small = {n for n, m in model.named_modules() if isinstance(m, NF4Linear)}
+    assert small == layers - outside and all(name.startswith(blocks) for name in small)
+    assert all(torch.equal(model.get_submodule(n).weight, w) for n, w in kept.items())
+    after = count_parameters(model)[1], {k: v[1] for k, v in count_by_module(model).items()}
+    assert before == after and count_parameters(model)[0] == 0
+    assert "NF4, block_size=64, double=True, dtype=torch.float32" in str(model)
+    assert "NF4" not in "".join(str(model.get_submodule(name)) for name in outside)
+
+
+@pytest.mark.parametrize("config", [LlamaConfig(**TINY), BertConfig(**TINY)])
+@pytest.mark.parametrize(
+    "add",
+    [
+        add_lora,
+        lambda m: add_p_tuning_v2(m, 3),
+        lambda m: unfreeze(m, "score" if hasattr(m, "score") else "classifier"),
+    ],
+)
+def test_the_head_of_a_classifier_on_4_bits_is_trained(config, add):
+    model = quantize_base(AutoModelForSequenceClassification.from_config(config))
+    if add is add_lora and config.model_type == "bert":
+        add_lora(model, targets=("query", "value"))
+    else:
+        add(model)
+    head = model.score if hasattr(model, "score") else model.classifier
+    ids = torch.randint(5, 80, (2, 6), generator=torch.Generator().manual_seed(0))
+    model(ids, attention_mask=torch.ones_like(ids), labels=torch.tensor([0, 1])).loss.backward()
+    assert head.weight.requires_grad and head.weight.grad.count_nonzero() > 0
+
+
+MOE = MixtralConfig(**TINY, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)
+XLNET = XLNetConfig(vocab_size=80, d_model=32, n_layer=2, n_head=4, d_inner=48)
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        (lambda: AutoModelForCausalLM.from_config(MOE),
+         r"8\d% of .* MixtralForCausalLM .* model.layers.0.mlp.experts.gate_up_proj for one"),
+        (lambda: AutoModelForCausalLM.from_config(XLNET),
+         r"6\d% of .* transformer.layer.0.rel_attn.q for one"),
+        (lambda: T5ForConditionalGeneration(T5Config(vocab_size=80, d_model=32, d_kv=8, d_ff=48,
+                                                     num_layers=2, num_heads=4)),
+         "two stacks of blocks"),
+    ],
+)  # fmt: skip
+def test_weights_that_would_stay_as_large_as_they_are_are_refused_by_name(model, message):
+    model = model()
+    same = unchanged(model)
+    with pytest.raises(ValueError, match=message):
+        quantize_base(model)
+    assert same()
+
+
+def test_a_layer_that_two_blocks_share_is_still_shared():
+    model, _ = load_base("tiny", device="cpu")
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    model.model.layers[1].self_attn.q_proj = model.model.layers[0].self_attn.q_proj
+    before, ids = count_parameters(model)[1], torch.randint(5, 200, (1, 6))
+    quantize_base(model)
+    first, second = model.model.layers[:2]
+    assert first.mlp is second.mlp and isinstance(second.mlp.up_proj, NF4Linear)
+    assert first.self_attn.q_proj is second.self_attn.q_proj
+    assert not any(type(m) is nn.Linear for m in model.model.layers.modules())
+    assert count_parameters(model)[1] == before and model(ids).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("shape", [(48, 64), (7, 5), (1, 1)])
+def test_the_weight_is_what_the_paper_says_its_bytes_are(double, shape):
+    torch.manual_seed(0)
+    layer = NF4Linear(torch.randn(shape), double=double)
+    codes = [nibble for byte in layer.codes.tolist() for nibble in (byte // 16, byte % 16)]
+    absmax = layer.absmax
+    if double:
+        steps = dynamic_code(signed=True)[layer.absmax_codes.long()].view(-1, 256)
+        absmax = (steps * absmax[:, None]).flatten() + layer.mean
+    expected = [PAPER[code] * absmax[i // 64].item() for i, code in enumerate(codes)]
+    expected = torch.tensor(expected)[: math.prod(shape)].view(shape)
+    torch.testing.assert_close(layer.weight, expected, atol=1e-6, rtol=1e-5)
+    names = {"codes", "absmax"} | ({"mean", "absmax_codes"} if double else set())
+    assert set(layer.state_dict()) == names
+
+
+class Calls(TorchDispatchMode):
+    """The names of all operations, and of those that read a tensor of another device."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device, self.names, self.foreign = torch.device(device), [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        self.foreign += [str(func)] * any(t.device.type != self.device.type for t in tensors)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])  # meta stands for any device but the host
+def test_a_step_makes_no_table_and_copies_none_from_the_host(device):
+    layer = NF4Linear(torch.randn(64, 96), torch.randn(64)).to(device)
+    x = torch.randn(2, 96, device=device, requires_grad=True)
+    p = nn.Parameter(torch.randn(100, 100, device=device))
+    p.grad = torch.randn_like(p)
+    update = AdamW8bit([p])
+
+    def step(layer):
+        layer(x).sum().backward()
+        update.step()
+
+    step(layer)  # whatever is made once is made here
+    with torch.no_grad():
+        forward = Calls(device)
+        with forward:
+            layer(x)
+    assert len(forward.names) <= 22, forward.names
+    for other in (layer, copy.deepcopy(layer), copy.deepcopy(layer).to(torch.bfloat16).float()):
+        with Calls(device) as calls:
+            step(other)
+        assert not calls.foreign
+        made = ("linspace", "erfinv", "sort", "cartesian", "lift_fresh", "local_scalar")
+        assert not [name for name in calls.names if any(word in name for word in made)]
+
+
+def test_making_a_weight_takes_six_bytes_a_weight():
+    layer = NF4Linear(torch.randn(512, 640))
+    layer.weight  # noqa: B018
+    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
+        layer.to(dtype)
+        with Tracker(layer.buffers(), 0, 0) as peak:
+            before = peak.held
+            weight = layer.weight
+            assert peak.held - before == size * 512 * 640 == weight.nbytes
+        assert peak.peak - before <= 6.2 * 512 * 640
+
+
+def test_fake_tensors_leave_no_table_behind():
+    quantization._made_once.cache_clear()
+    weight = torch.randn(32, 64)
+    with FakeTensorMode():
+        fake = NF4Linear(torch.empty(32, 64))
+        assert fake(torch.empty(2, 64)).shape == (2, 32)
+    with torch.device("meta"):
+        assert NF4Linear(torch.empty(32, 64))(torch.empty(2, 64)).is_meta
+    with torch.inference_mode():
+        NF4Linear(weight).weight  # noqa: B018
+    layer = NF4Linear(weight)
+    x = torch.randn(2, 64, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(2, 64))
+    assert (layer.weight - weight).abs().max() < 0.6
+
+
+@pytest.mark.parametrize("move", [
+    lambda m: m.to(torch.bfloat16), lambda m: m.bfloat16(), lambda m: m.half(),
+    lambda m: m.double(),
+    lambda m: m.to(torch.float16), lambda m: m.type(torch.float16), lambda m: m.to("cpu"),
+    lambda m: m.half().float(),
+])  # fmt: skip
+@pytest.mark.parametrize("double", [True, False])
+def test_a_cast_casts_the_weight_and_not_what_it_is_made_from(move, double):
+    torch.manual_seed(0)
+    layer = NF4Linear(torch.randn(70, 96), torch.randn(70), double=double)
+    before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    weight = layer.weight
+    move(layer)
+    for name, buffer in layer.named_buffers():
+        assert buffer.dtype == before[name].dtype and torch.equal(buffer, before[name])
+    assert layer.bias.dtype == layer.dtype and not layer.bias.requires_grad
+    assert torch.equal(layer.weight, weight.to(layer.dtype))
+    x = torch.randn(2, 96, dtype=layer.dtype)
+    assert layer(x).dtype == layer.dtype
+    assert layer.to("meta").weight.is_meta
+
+
+def test_a_whole_model_can_be_cast_after_it_was_quantised():
+    model, _ = load_base("tiny", device="cpu")
+    quantize_base(model)
+    weights = [m.weight for m in model.modules() if isinstance(m, NF4Linear)]
+    model.to(torch.bfloat16)
+    cast = [m.weight for m in model.modules() if isinstance(m, NF4Linear)]
+    assert all(torch.equal(w.to(torch.bfloat16), c) for w, c in zip(weights, cast, strict=True))
+    assert model(torch.randint(5, 200, (1, 6))).logits.dtype == torch.bfloat16
+
+
+def test_biases_of_4_bit_layers_can_be_trained():
+    """BitFit on a quantised base: their gradients are those of the dequantised layers."""
+    torch.manual_seed(0)
+    weight, bias = torch.randn(6, 8, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    layer = NF4Linear(weight, bias)
+    layer.bias.requires_grad_(True)
+    x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+    plain = bias.clone().requires_grad_(True)
+    expected = torch.autograd.grad(linear(x, layer.weight, plain).square().sum(), (x, plain))
+    found = torch.autograd.grad(layer(x).square().sum(), (x, layer.bias))
+    torch.testing.assert_close(found, expected)
+    (alone,) = torch.autograd.grad(layer(x.detach()).square().sum(), layer.bias)
+    torch.testing.assert_close(alone, expected[1])
+    assert torch.autograd.gradcheck(layer, x)
+    model = only_biases(quantize_base(load_base("tiny-gpt2", device="cpu")[0]))
+    ids = torch.randint(5, 200, (2, 6))
+    model(ids, labels=ids).loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert trained and all(p.grad.count_nonzero() > 0 for p in trained)
+
+
+def test_a_meta_model_is_quantised_without_a_look_at_its_numbers():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**TINY))
+    total = count_parameters(model)[1]
+    assert count_parameters(quantize_base(model))[1] == total
 
 
 def test_the_codes_hold_numbers_also_where_new_tensors_are_meta(monkeypatch):

@@ -620,3 +620,11 @@ def test_decay_groups_make_no_weight_of_a_4_bit_base(monkeypatch):
     decayed, others = decay_groups(model, 0.1)
     assert decayed["params"] == [model.lm_head.weight]
     assert len(others["params"]) == 8  # A and B of q_proj and v_proj in two blocks
+
+
+def test_two_kinds_of_half_precision_do_not_mix():
+    model = add_lora(load_base("tiny", device="cpu", dtype=torch.bfloat16)[0])
+    batch = Collator(0)([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}])
+    with pytest.raises(ValueError, match="float16' does not go with weights in bfloat16"):
+        train(model, [batch], max_steps=1, lr=1e-3, precision="float16", progress=False)
+    train(model, [batch], max_steps=1, lr=1e-3, precision="bfloat16", progress=False)
