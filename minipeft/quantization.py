@@ -112,9 +112,9 @@ class NF4Linear(nn.Linear):
         self.register_buffer("codes", codes[::2] * 16 + codes[1::2])  # two codes a byte
         if double:
             self.register_buffer("mean", absmax.mean())
-            code = table(dynamic_code, weight, True)
+            code, count = table(dynamic_code, weight, True), len(absmax)
             codes, absmax = quantize(absmax - self.mean, code, BLOCK_8BIT)
-            self.register_buffer("absmax_codes", codes.flatten())  # whole blocks of 256
+            self.register_buffer("absmax_codes", codes.flatten()[:count].clone())  # (blocks,)
         self.register_buffer("absmax", absmax)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), False)
 
@@ -133,7 +133,8 @@ class NF4Linear(nn.Linear):
         absmax = self.absmax  # (blocks,)
         if self.double_quant:
             code = table(dynamic_code, self.codes, True)
-            factors = code.index_select(0, self.absmax_codes.int()).view(-1, BLOCK_8BIT)
+            codes = pad(self.absmax_codes, (0, -len(self.absmax_codes) % BLOCK_8BIT))
+            factors = code.index_select(0, codes.int()).view(-1, BLOCK_8BIT)
             absmax = torch.addcmul(self.mean, factors, absmax[:, None]).flatten()
         pairs = table(nf4_pairs, self.codes).index_select(0, self.codes.int())
         values = pairs.view(torch.float32).view(-1, self.block_size)
