@@ -1,14 +1,38 @@
 """memory.estimate against what torch measures, and against the arithmetic of the papers."""
 
+import csv
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import BloomConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BloomConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    Qwen2Config,
+    T5Config,
+)
 
-from minipeft import add_lora, count_parameters, freeze, load_base, unfreeze
+from minipeft import (
+    add_adapters,
+    add_lora,
+    add_prefix_tuning,
+    count_parameters,
+    freeze,
+    load_base,
+    train,
+    unfreeze,
+)
+from minipeft import memory as memory_module
 from minipeft.freezing import only_head
-from minipeft.memory import PARTS, estimate, measure, saved_bytes
+from minipeft.memory import PARTS, Tracker, estimate, measure, saved_bytes, workspace
 from minipeft.quantization import quantize_base
 
 SMOLLM2 = LlamaConfig(
@@ -21,6 +45,10 @@ QWEN = Qwen2Config(
 )  # fmt: skip
 BLOOM = BloomConfig(hidden_size=1024, n_layer=24, n_head=16, vocab_size=250880)
 BLOOM_ZH = BloomConfig(hidden_size=2048, n_layer=24, n_head=16, vocab_size=46145)
+LLAMA_1B = LlamaConfig(
+    hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+    num_key_value_heads=8, head_dim=64, vocab_size=128256, tie_word_embeddings=True,
+)  # fmt: skip
 CONFIGS = {"smollm2": SMOLLM2, "gpt2": GPT2Config(), "bloom": BLOOM, "qwen2": QWEN}
 LINEARS = {
     "smollm2": ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"],
@@ -56,7 +84,8 @@ def steps(draw):
         "checkpointing": draw(st.booleans()),
         "attention": draw(st.sampled_from(["fused", "eager"])),
         "precision": draw(st.sampled_from(["float32", "float32", "bfloat16"])),
-        "optimizer": draw(st.sampled_from(["adamw", "sgd"])),
+        "optimizer": draw(st.sampled_from(["adamw", "adamw-foreach", "sgd"])),
+        "device": draw(st.sampled_from(["cpu", "cuda"])),
     }
     kind = draw(st.sampled_from(["full", "lora", "lora", "last blocks", "norms", "head"]))
     if name == "gpt2":
@@ -97,8 +126,12 @@ def test_prediction_is_within_two_percent_of_the_measurement(step):
         (GPT2Config(n_layer=1), None, {"optimizer": "sgd", "seq": 10}),
         (GPT2Config(n_layer=2), "c_attn", {"dtype": torch.bfloat16}),
         # the peak falls on the optimiser's step
-        (LlamaConfig(num_hidden_layers=2), None, {"seq": 8, "batch": 1}),
+        (LlamaConfig(num_hidden_layers=2), None, {"seq": 8, "optimizer": "adamw-foreach"}),
         (GPT2Config(n_layer=2), None, {"seq": 8, "optimizer": "adamw8bit"}),
+        # on CUDA a dropout mask has one byte an element, and fused attention keeps none
+        (GPT2Config(n_layer=2), None, {"device": "cuda"}),
+        (GPT2Config(n_layer=2), "c_attn", {"device": "cuda", "checkpointing": True}),
+        (GPT2Config(n_layer=2), "c_attn", {"device": "cuda", "attention": "eager"}),
         (BloomConfig(n_layer=2), "dense", {"dtype": torch.bfloat16, "checkpointing": True}),
         (LlamaConfig(num_hidden_layers=2), "o_proj", {"precision": "bfloat16", "batch": 1}),
     ],
@@ -117,6 +150,205 @@ def test_lora_on_four_bit_weights_is_predicted_too():
         assert_close(predicted, measured, margin=0.001)
     blocks, rest = 12 * 12 * 768**2, (50257 + 1024) * 768 * 4  # linear weights of GPT-2; embeddings
     assert measured.parts["parameters"] == pytest.approx(rest + blocks * 4.127 / 8, rel=0.02)
+
+
+SMALL = {"hidden_size": 256, "num_attention_heads": 4, "num_hidden_layers": 3}
+SETTINGS = [
+    {},
+    {"precision": "bfloat16"},
+    {"checkpointing": True},
+    {"dtype": torch.bfloat16},
+    {"precision": "bfloat16", "checkpointing": True},
+]
+
+
+def q_and_v_on_4_bits(model):
+    return add_lora(quantize_base(model), targets=("q_proj", "v_proj"))
+
+
+@pytest.mark.parametrize("vocab, options", [(300, o) for o in SETTINGS] + [(8000, {})])
+def test_the_peak_of_train_on_a_4_bit_base_is_predicted(vocab, options):
+    """With few logits it falls where a weight is made from its codes: that takes 6 bytes each."""
+    config = LlamaConfig(**SMALL, intermediate_size=1024, vocab_size=vocab)
+    predicted = estimate(config, q_and_v_on_4_bits, batch=4, seq=64, **options)
+    model = AutoModelForCausalLM.from_config(config, dtype=options.get("dtype", torch.float32))
+    q_and_v_on_4_bits(model)
+    ids = torch.randint(5, 300, (4, 64), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    batch["attention_mask"][0, 0] = 0
+    how = {
+        "precision": options.get("precision", "float32"),
+        "gradient_checkpointing": options.get("checkpointing", False),
+    }
+    standing = [*model.parameters(), *model.buffers(), *batch.values()]
+    with Tracker(standing, 0, 0) as peak:
+        train(model, [batch], max_steps=2, lr=1e-4, progress=False, **how)
+    assert predicted.total == pytest.approx(peak.peak, rel=0.02), str(predicted)
+
+
+@pytest.mark.parametrize(
+    "targets, options", [("q_proj", o) for o in SETTINGS] + [("down_proj", {})]
+)
+def test_weights_made_from_4_bits_are_temporaries(targets, options):
+    """The layers are so wide that hardly anything else stands."""
+    config = LlamaConfig(**SMALL, intermediate_size=4096, vocab_size=100)
+    method = lambda model: add_lora(quantize_base(model), targets=targets)  # noqa: E731
+    options = {"batch": 1, "seq": 8} | options
+    predicted, measured = (f(config, method, **options) for f in (estimate, measure))
+    assert predicted.total == pytest.approx(measured.total, rel=0.015)
+    largest = 256 * 4096
+    assert 6 * largest <= predicted.at_peak["temporaries"] <= 6.6 * largest
+
+
+def of_the_h100():
+    path = Path(__file__).parent / "fixtures" / "h100-memory.csv"
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def asked_of_the_h100(row):
+    """(configuration, method, options) of a row that was measured on an H100."""
+    config = {
+        "smollm2": SMOLLM2, "qwen2.5-0.5b": QWEN, "gpt2": WITHOUT_DROPOUT, "bloom-1b4-zh": BLOOM_ZH,
+        "llama-3.2-1b": LLAMA_1B, "llama-2-7b": LlamaConfig(),
+    }  # fmt: skip
+    targets = {"gpt2": "c_attn", "bloom-1b4-zh": "query_key_value"}
+    targets = targets.get(row["model"], ("q_proj", "v_proj"))
+    method = {
+        "full": None,
+        "lora": lambda model: add_lora(model, targets=targets),
+        "adapters": add_adapters,
+        "prefix": add_prefix_tuning,
+    }[row["method"]]
+    options = {name: row[name] for name in ("precision", "attention", "optimizer")}
+    options |= {"batch": int(row["batch"]), "seq": int(row["seq"]), "device": "cuda"}
+    options |= {"checkpointing": row["checkpointing"] == "True"}
+    return config[row["model"]], method, options | {"dtype": getattr(torch, row["dtype"])}
+
+
+def test_the_peaks_that_an_h100_had_are_predicted():
+    """The allocator's peak of torch in 16 cases. Two workspaces of cuBLAS, 64 MiB, explain 13 of
+    them to 0.2 %. In the three others, all in 16 bit, up to 0.7 % are missing: the allocator gives
+    out blocks of 10 MiB and more in steps of 2 MiB, and a rest of up to 1 MiB goes with the block.
+    (In Llama 7B at 1 x 2048 the inner tensors of the MLP have 43 MiB; three of them are kept in
+    each of 32 blocks, and 96 MiB are missing.)"""
+    assert workspace() == 2 * 32 * 2**20 or torch.cuda.is_available()
+    errors = []
+    for row in of_the_h100():
+        config, method, options = asked_of_the_h100(row)
+        if row["method"] == "prefix":  # there are no formulas
+            memory = measure(config, method, **options)
+        else:
+            memory = estimate(config, method, **options)
+        errors.append(memory.total / 2**30 / float(row["allocated_gib"]) - 1)
+    assert len(errors) == 16 and max(map(abs, errors)) < 0.01
+    assert sum(abs(error) < 0.002 for error in errors) == 13
+
+
+def test_a_configuration_is_measured_by_the_rules_of_cuda_without_a_gpu():
+    row = next(r for r in of_the_h100() if (r["model"], r["method"]) == ("llama-3.2-1b", "full"))
+    config, method, options = asked_of_the_h100(row)
+    measured = measure(config, method, **options)
+    assert measured.total / 2**30 == pytest.approx(float(row["allocated_gib"]), rel=0.01)
+    assert measured.moment == "optimizer step" and measured.parts["workspace"] == workspace()
+    assert "workspace" in str(measured)
+    fused = estimate(config, method, **options | {"optimizer": "adamw"})  # as train takes it
+    assert measured.total - fused.total > 2.5 * 2**30
+    assert "workspace" not in measure(GPT2Config(n_layer=1), seq=8).parts
+    torch.manual_seed(0)
+    dropped = nn.functional.dropout(torch.ones(1000), 0.5)
+    assert 400 < dropped.count_nonzero() < 600, "torch has its own rules again"
+
+
+def state_of(model):
+    """All that a measurement could change, as values."""
+    modules = list(model.modules())
+    return (
+        {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        [(p.requires_grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()],
+        [(m, m.training, len(m._forward_pre_hooks), len(m._forward_hooks)) for m in modules],
+        [getattr(module, "gradient_checkpointing", None) for module in modules],
+        model.config.to_dict(),
+        torch.get_rng_state(),
+    )
+
+
+def assert_same(a, b):
+    torch.testing.assert_close(a[0], b[0], rtol=0, atol=0, equal_nan=True)
+    for (trains, grad), (trains_too, other) in zip(a[1], b[1], strict=True):
+        assert trains == trains_too and (grad is None) == (other is None)
+        assert grad is None or torch.equal(grad, other)
+    assert a[2:5] == b[2:5] and torch.equal(a[5], b[5])
+
+
+@pytest.mark.parametrize("on", [True, False])
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-foreach", "adamw8bit", "sgd"])
+def test_a_model_is_left_as_it_was(on, checkpointing, optimizer):
+    model, _ = load_base("tiny-gpt2", device="cpu")
+    model.transformer.h[0].train()  # modes that differ
+    model.transformer.wte.requires_grad_(False)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    if on:
+        model.gradient_checkpointing_enable()
+    before = state_of(model)
+    options = {"batch": 2, "seq": 16, "checkpointing": checkpointing, "optimizer": optimizer}
+    first = measure(model, **options)
+    assert_same(before, state_of(model))
+    assert measure(model, **options).total == first.total
+    assert measure(model, lambda m: only_head(m, untie=True), **options).total > 0
+    assert_same(before, state_of(model))
+    assert model.is_gradient_checkpointing == on
+
+
+def test_a_model_is_left_as_it_was_also_when_the_step_fails():
+    model, _ = load_base("tiny", device="cpu")
+    model.gradient_checkpointing_enable()
+    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
+    before = state_of(model)
+
+    def fails(model):
+        add_lora(model)
+        model.model.norm.register_forward_hook(lambda *_: 1 / 0)
+        return model
+
+    with pytest.raises(ZeroDivisionError):
+        measure(model, fails, seq=8)
+    assert_same(before, state_of(model))
+    assert not hasattr(model, "minipeft_technique")
+    with pytest.raises(ValueError, match="it must return the model"):
+        measure(model, lambda m: None, seq=8)
+    with pytest.raises(ValueError, match="MemTracker puts a hook"):
+        measure(model, add_lora, seq=8, tracker="torch")
+    assert_same(before, state_of(model))
+
+
+def test_gradients_that_are_not_finite_change_no_weight():
+    model, _ = load_base("tiny", device="cpu")
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("inf")
+    before = state_of(model)
+    for optimizer in ("adamw", "adamw-foreach", "adamw8bit", "sgd"):
+        measure(model, seq=8, optimizer=optimizer)
+        assert_same(before, state_of(model))
+
+
+def test_the_allocators_peak_is_taken_without_what_else_there_is(monkeypatch):
+    """A GPU that holds 1 GiB of something else and 100 bytes of this model, and gives back 64 MiB
+    of workspaces when asked to."""
+    calls, allocated = [], [2**30 + 100 + 2**26]
+
+    def clear():
+        calls.append("clear")
+        allocated[0] -= 2**26
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated[0])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: calls.append("reset"))
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", clear, raising=False)
+    assert memory_module._others(torch.device("cuda"), 100) == 2**30
+    assert calls == ["synchronize", "clear", "reset"]
 
 
 def test_torchs_own_tracker_finds_the_same_peak():
@@ -242,12 +474,46 @@ def test_the_report_prints_and_plots():
         ({"precision": "fp8"}, "precision='fp8' is none of float32"),
         ({"attention": "flash"}, "attention='flash' is none of fused"),
         ({"method": freeze}, "Nothing is trainable"),
+        ({"method": "lora"}, "method='lora' must be a function"),
+        ({"method": lambda model: None}, "`method` returned a NoneType; it must return the model"),
+        ({"batch": "4"}, "batch='4' must be a whole number"),
+        ({"checkpointing": "yes"}, "checkpointing='yes' must be True or False"),
+        ({"dtype": "bfloat16"}, "dtype='bfloat16' must be a floating-point type"),
+        ({"dtype": torch.int64}, "dtype=torch.int64 must be a floating-point type"),
+        ({"device": "tpu"}, "device='tpu' is none of cpu, cuda"),
+        ({"optimizer": ["adamw"]}, r"optimizer=\['adamw'\] is none of"),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(options, message):
     for function in (estimate, measure):
         with pytest.raises(ValueError, match=message):
             function(SMOLLM2, **options)
+
+
+def test_what_is_no_causal_language_model_is_refused_by_name():
+    classifier = LlamaConfig(architectures=["LlamaForSequenceClassification"])
+    for config, name in (
+        (classifier, "LlamaForSequenceClassification"),
+        (BertConfig(architectures=["BertForMaskedLM"]), "BertForMaskedLM"),
+        (T5Config(), "a model of type 't5'"),
+    ):
+        with pytest.raises(ValueError, match=f"causal language models; {name} is none"):
+            measure(config)
+    with pytest.raises(ValueError, match="LlamaForSequenceClassification is none"):
+        estimate(classifier)
+    model, _ = load_base("tiny", device="cpu")
+    small = AutoModelForSequenceClassification.from_config(model.config)
+    with pytest.raises(ValueError, match="LlamaForSequenceClassification is none"):
+        measure(small)
+    for function, what in ((estimate, model), (estimate, "llama"), (measure, nn.Linear(2, 2))):
+        with pytest.raises(ValueError, match=f"was given a {type(what).__name__}"):
+            function(what)
+    with pytest.raises(ValueError, match="attention='eager', but this model was loaded with"):
+        measure(model, attention="eager")
+    with pytest.raises(ValueError, match="dtype=torch.bfloat16, but this model was loaded in"):
+        measure(model, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="device='cuda', but this model is on 'cpu'"):
+        measure(model, device="cuda")
 
 
 def test_what_has_no_formula_is_refused_by_name():
@@ -288,6 +554,11 @@ def test_the_allocators_peak_on_cuda():
     model, _ = load_base("tiny-llama", device="cuda")
     measured = measure(model, batch=4, seq=128)
     assert measured.total >= sum(measured.parts[name] for name in ("parameters", "optimizer"))
+    other = torch.ones(2**28, device="cuda")  # 1 GiB of something else
+    assert measure(model, batch=4, seq=128).total == pytest.approx(measured.total, rel=0.001)
+    del other
+    predicted = estimate(model.config, batch=4, seq=128, device="cuda")
+    assert predicted.total == pytest.approx(measured.total, rel=0.05)
 
 
 def test_the_callers_configuration_stays_as_it_is():
