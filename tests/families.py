@@ -496,7 +496,11 @@ class Plain:
         self.loss = holds(check_loss, model, self.batch, self.tolerance)
         if not self.loss:
             self.cannot.append("its own loss")
-        self.checkpoints = holds(check_checkpointing, model, self.batch, self.tolerance)
+        frozen = copy.deepcopy(model)  # with frozen embeddings, as under every method
+        for module in frozen.modules():
+            if isinstance(module, nn.Embedding):
+                module.requires_grad_(False)
+        self.checkpoints = holds(check_checkpointing, frozen, self.batch, self.tolerance)
         if not self.checkpoints:
             self.cannot.append("gradient checkpointing")
         self.stack = stack_of(model)
@@ -540,6 +544,7 @@ METHODS = {
 OF_CLASSIFIERS = ("key_value", "lora", "dora", "houlsby", "pfeiffer")
 IN_FRONT = ("prompt", "lstm", "mlp", "template")
 IN_EACH_LAYER = ("prefix", "projected", "key_value", "hidden")
+FAR = ("prompt", "lstm", "mlp", *IN_EACH_LAYER)  # a template is seen as far as words are
 FOLD = {
     "lstm": fold_p_tuning, "mlp": fold_p_tuning, "template": fold_p_tuning,
     "projected": fold_prefix_tuning, "hidden": fold_p_tuning_v2,
@@ -699,7 +704,7 @@ def padded(plain, model, method, family):
 
 def reaching(plain, model, method, family, length=24):
     """A token far away sees every virtual token, in each layer itself."""
-    if method not in (*IN_FRONT, *IN_EACH_LAYER):
+    if method not in FAR:
         return
     model = copy.deepcopy(model)
     if method in FOLD and method != "hidden":
@@ -739,7 +744,7 @@ def reaching(plain, model, method, family, length=24):
 
 def reaching_widely(plain, model, method, family):
     """The same where windows are wider, so that nothing was fitted to the width of this one."""
-    if method not in (*IN_FRONT, *IN_EACH_LAYER) or plain.wide is None:
+    if method not in FAR or plain.wide is None:
         return
     model = copy.deepcopy(plain.wide)
     seed(family, method)

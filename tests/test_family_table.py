@@ -1,0 +1,68 @@
+"""The table of families: it is whole, and a dozen different kinds of family still agree with it."""
+
+import csv
+
+import families
+import pytest
+
+DOZEN = {
+    "llama": "rotary positions, grouped queries",
+    "gpt2": "learned positions, Conv1D",
+    "bloom": "ALiBi, no position_ids",
+    "opt": "learned positions that begin at 2",
+    "xglm": "scaled embeddings, float32",
+    "codegen": "a fused query-key-value projection in its own order",
+    "mistral": "a window",
+    "gemma2": "layers with and without a window",
+    "mixtral": "experts",
+    "deepseek_v3": "keys and values of different widths",
+    "jamba": "Mamba layers",
+    "roberta": "an encoder as a decoder",
+}
+
+
+pytestmark = pytest.mark.skipif(
+    not families.TABLE.exists(), reason="python tests/families.py has not written families.csv yet"
+)
+
+
+@pytest.fixture(scope="module")
+def table():
+    with open(families.TABLE, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("family", DOZEN)
+def test_a_family_does_what_the_table_says(table, family):
+    said = {
+        row["method"]: row["result"]
+        for row in table
+        if (row["kind"], row["family"]) == ("causal", family)
+    }
+    found = {method: result for _, _, _, method, result, _ in families.rows_of("causal", family)}
+    assert found == said
+
+
+def test_every_family_of_transformers_has_its_rows(table):
+    present = {(row["kind"], row["family"]) for row in table}
+    missing = [family for family in families.CAUSAL if ("causal", family) not in present]
+    assert not missing, (
+        f"transformers has brought {', '.join(missing)}; run  python tests/families.py"
+    )
+
+
+def test_no_method_fails_on_any_family(table):
+    """Whatever is not refused on adding works."""
+    assert {row["result"] for row in table} == {"works", "refused", "not built"}
+    for kind, methods in (
+        ("causal", families.METHODS),
+        ("classifier", families.OF_CLASSIFIERS),
+    ):
+        for family in {row["family"] for row in table if row["kind"] == kind}:
+            rows = [r for r in table if (r["kind"], r["family"]) == (kind, family)]
+            if [row["method"] for row in rows] != ["all"]:
+                assert [row["method"] for row in rows] == list(methods), family
+
+
+def test_a_refusal_or_a_family_that_is_not_built_has_a_sentence(table):
+    assert all(row["sentence"] for row in table if row["result"] != "works")
