@@ -193,6 +193,20 @@ def test_choosing_measures_each_run_once(tiny, tmp_path, monkeypatch):
     assert rows_of(out) == rows
 
 
+def test_qlora_compares_both_bases_in_every_round(tiny, tmp_path, monkeypatch):
+    qlora = tiny("qlora")
+    monkeypatch.setattr(qlora, "RESULTS", tmp_path)
+    monkeypatch.setattr(qlora, "pick_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(sys, "argv", ["qlora.py", "--rounds", "2", "--seq", "16", "32"])
+    qlora.main()
+    rows = rows_of(tmp_path / "qlora-cpu.csv")
+    turns = sorted((row["seq"], row["round"], row["base"]) for row in rows)
+    assert turns == sorted((s, r, b) for s in ("16", "32") for r in "01" for b in qlora.BASES)
+    assert all(float(row["seconds"]) > 0 for row in rows)
+    for row in rows + rows_of(FOLDER / "results" / "qlora-cpu.csv"):
+        assert int(row["estimate"]) == pytest.approx(int(row["train_peak"]), rel=0.02), row
+
+
 def test_distil_trains_the_last_blocks_alone(tiny, tmp_path, monkeypatch):
     distil = tiny("distil")
     layers = distil.load_base()[0].config.num_hidden_layers
