@@ -376,7 +376,8 @@ def train(
     targets. Default: the cross-entropy, or the model's own loss where it is no causal language
     model; evaluation takes that in any case.
     max_grad_norm: gradients are scaled down to this norm at most; None clips nothing.
-    precision: of the forward pass, by autocast; float16 also scales the loss.
+    precision: of the forward pass, by autocast; float16 also scales the loss. Without instructions
+    for it, as on many CPUs, half precision is far slower than float32.
     gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
     eval_batches: evaluated every `eval_every` steps and at the end. The model is left with the
     weights of the lowest evaluation loss; without eval_batches with the last ones.
