@@ -1,18 +1,19 @@
 """minipeft: parameter-efficient fine-tuning from scratch, one short module per technique."""
 
+from minipeft.adapter_files.folder import load_adapter, save_adapter
 from minipeft.adapters import add_adapters
+from minipeft.assets.fetch import AssetError, load_dialogues, load_instructions, load_reviews
+from minipeft.assets.models import budget, load_base, pick_device
 from minipeft.batching import Batches, Collator, encode, padding_share, position_ids_from_mask
-from minipeft.checkpoints import load_adapter, save_adapter
 from minipeft.distillation import distil_from, distillation_loss, student_from_layers
 from minipeft.evaluation import classify, complete, wilson_interval
 from minipeft.freezing import count_parameters, freeze, unfreeze
 from minipeft.lora import add_lora, lora_plus_groups, merge_lora, unload_lora, unmerge_lora
-from minipeft.models import budget, load_base, pick_device
 from minipeft.p_tuning import add_p_tuning, fold_p_tuning
 from minipeft.p_tuning_v2 import add_p_tuning_v2, fold_p_tuning_v2
 from minipeft.prefix_tuning import add_prefix_tuning, fold_prefix_tuning
 from minipeft.prompt_tuning import add_prompt_tuning, nearest_words
-from minipeft.training import History, evaluate, train
+from minipeft.training.loop import History, evaluate, train
 
 __all__ = [
     "AssetError",
@@ -56,12 +57,3 @@ __all__ = [
     "unmerge_lora",
     "wilson_interval",
 ]
-
-
-def __getattr__(name):
-    # Fetched when asked for, so that `python -m minipeft.assets` runs the module only once.
-    if name in ("AssetError", "load_dialogues", "load_instructions", "load_reviews"):
-        from minipeft import assets
-
-        return getattr(assets, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,7 +23,7 @@ from minipeft.freezing import (
     refuse_other_shapes,
     refuse_size,
 )
-from minipeft.technique import adding, freeze_base, refuse_tuned, unchanged
+from minipeft.technique.on_model import adding, freeze_base, refuse_tuned, unchanged
 
 PEFT_TYPE = "MINIPEFT_ADAPTERS"  # HF peft has none of this kind, and refuses the name
 ACTIVATIONS = {"gelu": gelu, "relu": relu, "silu": silu}
@@ -83,7 +83,7 @@ class Adapter(nn.Module):
         return (h + self.up(z)).to(h.dtype)
 
     def on_paper(self, tape, x, out):
-        """The same forward in the operations of minipeft.tape, for `memory.estimate`."""
+        """The same forward in the operations of minipeft.memory.graph, for `memory.estimate`."""
         h = tape.apply(self.base, x, out, "")
         z, m = tape.cast(h, self.down.weight.dtype.itemsize), str(self.down.out_features)
         z = tape.linear(z, self.down.weight, m, self.down.bias, name="down input")

@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from minipeft.freezing import blocks
-from minipeft.losses import places, predict, send
+from minipeft.training.loss import places, predict, send
 
 DIVERGENCES = ("forward", "reverse")
 

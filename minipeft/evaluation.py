@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from minipeft.batching import Collator, encode
 from minipeft.freezing import refuse_size, shown
-from minipeft.technique import evaluating
+from minipeft.technique.on_model import evaluating
 
 
 def _list_of(prompts, model, who):

@@ -25,7 +25,7 @@ from minipeft.freezing import (
     refuse_other_shapes,
     refuse_size,
 )
-from minipeft.technique import (
+from minipeft.technique.on_model import (
     adding,
     freeze_base,
     has_numbers,
@@ -161,7 +161,7 @@ class LoRALinear(nn.Module):
         return self.base.out_features
 
     def on_paper(self, tape, x, out):
-        """The same forward in the operations of minipeft.tape, for `memory.estimate`."""
+        """The same forward in the operations of minipeft.memory.graph, for `memory.estimate`."""
         if isinstance(self.base, nn.Embedding):
             raise ValueError(
                 "memory.estimate has no formula for LoRA on embeddings; memory.measure needs none."

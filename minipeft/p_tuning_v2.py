@@ -13,8 +13,8 @@ off. On a model for classification its head is trained too, as the paper does (s
 import torch
 from torch import nn
 
-from minipeft.prefix_attention import table_of_attention
-from minipeft.trial import keeps_cache, states_of
+from minipeft.technique.attention import table_of_attention
+from minipeft.technique.trial import keeps_cache, states_of
 from minipeft.virtual_tokens import (
     UNDERSTOOD,
     attach,

@@ -16,7 +16,7 @@ from torch.nn.functional import linear, pad
 from transformers.pytorch_utils import Conv1D
 
 from minipeft.freezing import blocks, freeze, refuse_size
-from minipeft.technique import has_numbers
+from minipeft.technique.on_model import has_numbers
 
 BLOCK_8BIT = 256
 LINEAR = (nn.Linear, Conv1D)

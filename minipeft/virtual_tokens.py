@@ -28,9 +28,9 @@ from transformers import Cache, DynamicCache
 
 from minipeft.batching import position_ids_from_mask
 from minipeft.freezing import at_least_float32, blocks, refuse_size
-from minipeft.prefix_attention import check_attentions, open_attentions
-from minipeft.technique import adding, evaluating, freeze_base, has_numbers, refuse_tuned
-from minipeft.trial import (
+from minipeft.technique.attention import check_attentions, open_attentions
+from minipeft.technique.on_model import adding, evaluating, freeze_base, has_numbers, refuse_tuned
+from minipeft.technique.trial import (
     LENGTH,
     N,
     Trial,

@@ -42,7 +42,7 @@ from minipeft import (
     train,
 )
 from minipeft.adapters import Adapter
-from minipeft.memory import estimate, measure
+from minipeft.memory.estimate import estimate, measure
 from minipeft.quantization import quantize_base
 
 HUB = Path(__file__).parent / "fixtures" / "adapterhub"

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from minipeft import assets
-from minipeft.assets import AssetError
+from minipeft.assets.fetch import AssetError
 
 YAML = """categories:
 - AI

@@ -22,8 +22,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from minipeft.assets.models import load_base
 from minipeft.batching import Batches, Collator, encode, padding_share, position_ids_from_mask
-from minipeft.models import load_base
 
 TINY = ("tiny-llama", "tiny-gpt2", "tiny-bloom", "tiny-qwen2", "tiny-gpt_neox")
 _, TOKENIZER = load_base("tiny", device="cpu")

@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM
 
 from minipeft import Batches, Collator, add_lora, count_parameters, encode, load_base, train
+from minipeft.assets.models import TINY
 from minipeft.distillation import (
     OnPolicy,
     distil_from,
@@ -18,8 +19,7 @@ from minipeft.distillation import (
     written_by,
 )
 from minipeft.freezing import blocks
-from minipeft.models import TINY
-from minipeft.training import loss_sum
+from minipeft.training.loop import loss_sum
 
 PROMPTS = ["Good?", "Was it any good at all?", "Bad?"]
 ANSWERS = [" Yes", " No, it was not", " No"]

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from minipeft import add_lora, count_parameters, load_adapter, load_base
-from minipeft.distributed import finish, leads, my_rows, ranks, share, start, total
-from minipeft.resume import newest
+from minipeft.training.distributed import finish, leads, my_rows, ranks, share, start, total
+from minipeft.training.resume import newest
 
 SCRIPT = Path(__file__).parent / "scripts" / "ranks.py"
 QUIET = {"OMP_NUM_THREADS": "1", "TORCHELASTIC_ERROR_FILE": ""}
@@ -182,7 +182,7 @@ def started(monkeypatch, gpus, local_rank=1, **options):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
     device = start(**options)
-    monkeypatch.setattr("minipeft.distributed._patient", None)
+    monkeypatch.setattr("minipeft.training.distributed._patient", None)
     return str(device), made
 
 
@@ -204,7 +204,7 @@ def test_start_takes_a_gpu_for_each_rank_or_none(monkeypatch):
 
 
 def test_a_model_on_the_cpu_is_not_shared_over_nccl(monkeypatch):
-    monkeypatch.setattr("minipeft.distributed._patient", object())
+    monkeypatch.setattr("minipeft.training.distributed._patient", object())
     monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
     with pytest.raises(ValueError, match="The model is on cpu, but these ranks talk over NCCL"):
         share(load_base("tiny", device="cpu")[0], "ddp")
@@ -231,7 +231,7 @@ def test_rows_are_shared_out(monkeypatch):
 
 
 def test_a_rank_that_does_not_see_the_checkpoint_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr("minipeft.resume.of_first", lambda number: 6)
+    monkeypatch.setattr("minipeft.training.resume.of_first", lambda number: 6)
     with pytest.raises(ValueError, match="Rank 0 goes on from .*step-000006; this rank needs to"):
         newest(tmp_path)
 
@@ -243,5 +243,5 @@ def test_bad_input_is_refused_in_one_sentence(monkeypatch):
     model, _ = load_base("tiny", device="cpu")
     with pytest.raises(ValueError, match="kind='zero' is none of ddp, fsdp"):
         share(model, "zero")
-    with pytest.raises(ValueError, match=r"Call minipeft.distributed.start\(\) first"):
+    with pytest.raises(ValueError, match=r"Call minipeft.training.distributed.start\(\) first"):
         share(model, "ddp")

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from minipeft import classify, complete, encode, load_base, wilson_interval
-from minipeft.models import TINY
+from minipeft.assets.models import TINY
 
 PROMPTS = ["a", "Review: fine\nSentiment:", "一个长一点的例子 with more bytes", "xyz", "q" * 90]
 

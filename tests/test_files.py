@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 
-from minipeft.files import recover_folder, whole_folder
+from minipeft.adapter_files.atomic import recover_folder, whole_folder
 
 # Runs whole_folder and kills itself just before the n-th call that changes the disk.
 VICTIM = textwrap.dedent(
@@ -25,7 +25,7 @@ VICTIM = textwrap.dedent(
         return call
     for name in ("mkdir", "rename", "fsync", "unlink", "rmdir", "chmod"):
         setattr(os, name, deadly(getattr(os, name)))
-    from minipeft.files import whole_folder
+    from minipeft.adapter_files.atomic import whole_folder
     with whole_folder(sys.argv[1]) as scratch:
         (scratch / "a.txt").write_text("new")
         (scratch / "b.txt").write_text("new")
@@ -47,7 +47,7 @@ def _write(folder, word):
 @pytest.mark.parametrize("old", [True, False], ids=["over an old folder", "fresh"])
 def test_killed_between_any_two_steps(tmp_path, old):
     script = tmp_path / "victim.py"
-    script.write_text(VICTIM.replace("from minipeft.files", LOAD_FILES))
+    script.write_text(VICTIM.replace("from minipeft.adapter_files.atomic", LOAD_FILES))
     wholes = [{"a.txt": word, "b.txt": word} for word in ("old", "new")]
     ended, seen = False, []
     for step in range(40):

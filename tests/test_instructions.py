@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from minipeft import assets
-from minipeft.assets import AssetError, load_instructions
+from minipeft.assets.fetch import AssetError, load_instructions
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 FILES = {"english": "instructions_en.jsonl", "chinese": "instructions_zh.jsonl"}

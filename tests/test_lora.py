@@ -44,7 +44,7 @@ from minipeft import (
 from minipeft import merge_lora as merge
 from minipeft import unmerge_lora as unmerge
 from minipeft.lora import LoRALinear, lora_plus_groups, matrix
-from minipeft.memory import estimate, measure
+from minipeft.memory.estimate import estimate, measure
 from minipeft.quantization import quantize_base
 
 LAYERS = {

@@ -6,8 +6,8 @@ import transformers as hf
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
 from minipeft import add_lora, evaluate, train
-from minipeft.losses import KINDS, count_targets, kind_of, loss_sum
-from minipeft.training import trainables
+from minipeft.training.loop import trainables
+from minipeft.training.loss import KINDS, count_targets, kind_of, loss_sum
 
 BERT = {
     "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,

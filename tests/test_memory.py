@@ -32,7 +32,7 @@ from minipeft import (
 )
 from minipeft import memory as memory_module
 from minipeft.freezing import only_head
-from minipeft.memory import PARTS, Tracker, estimate, measure, saved_bytes, workspace
+from minipeft.memory.estimate import PARTS, Tracker, estimate, measure, saved_bytes, workspace
 from minipeft.quantization import quantize_base
 
 SMOLLM2 = LlamaConfig(

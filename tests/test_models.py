@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from minipeft import AssetError, budget, load_base, pick_device
-from minipeft.models import TINY
+from minipeft.assets.models import TINY
 
 CLASSES = {
     "tiny-llama": "LlamaForCausalLM",

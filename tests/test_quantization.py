@@ -39,7 +39,7 @@ from minipeft import (
     unfreeze,
 )
 from minipeft.freezing import count_by_module, only_biases
-from minipeft.memory import Tracker, saved_bytes
+from minipeft.memory.estimate import Tracker, saved_bytes
 from minipeft.quantization import (
     AdamW8bit,
     NF4Linear,

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from minipeft import Collator, History, add_lora, encode, load_base, train
 from minipeft.quantization import quantize_base
-from minipeft.resume import (
+from minipeft.training.resume import (
     discard_all_but,
     fingerprint,
     newest,

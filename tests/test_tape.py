@@ -9,7 +9,7 @@ from transformers.models.bloom.modeling_bloom import BloomGelu
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
-from minipeft.tape import Tape, Value
+from minipeft.memory.graph import Tape, Value
 
 DIMS = {"b": 2, "s": 6, "h": 8, "a": 4, "d": 2, "i": 12}
 

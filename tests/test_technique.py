@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from minipeft import add_adapters, add_lora, load_adapter, load_base, save_adapter, unload_lora
-from minipeft.technique import adding, evaluating, freeze_base, heads
+from minipeft.technique.on_model import adding, evaluating, freeze_base, heads
 
 METHODS = SOFT | {"lora": add_lora, "adapters": add_adapters}
 EACH = pytest.mark.parametrize("method", METHODS)

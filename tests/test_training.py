@@ -30,7 +30,7 @@ from transformers import (
 
 from minipeft import Collator, add_lora, distil_from, load_base
 from minipeft.quantization import NF4Linear, quantize_base
-from minipeft.training import (
+from minipeft.training.loop import (
     READ_EVERY,
     History,
     decay_groups,
@@ -286,7 +286,7 @@ def test_another_loss_is_summed_divided_and_resumed_like_the_default(tmp_path):
 KILLED = """
 import sys, torch
 from transformers import GPT2Config, GPT2LMHeadModel
-from minipeft.training import train, trainables
+from minipeft.training.loop import train, trainables
 torch.manual_seed(5)
 config = GPT2Config(n_embd=16, n_layer=2, n_head=4, vocab_size=40, n_positions=32)  # dropout 0.1
 model = GPT2LMHeadModel(config)
@@ -357,7 +357,7 @@ def test_a_run_with_groups_resumes_and_refuses_other_groups(tmp_path, monkeypatc
     straight = build()
     expected = run(straight, groups=groups_of(straight))
     model, again = build(), build()
-    import minipeft.training as training
+    import minipeft.training.loop as training
 
     real, steps = training.save_checkpoint, []
 

@@ -35,7 +35,7 @@ from minipeft import (
     fold_p_tuning_v2,
     nearest_words,
 )
-from minipeft.trial import cache_shape, positions_of
+from minipeft.technique.trial import cache_shape, positions_of
 from minipeft.virtual_tokens import _filled, _overwrite, key_value_shape, trial_words
 
 SIZES = {

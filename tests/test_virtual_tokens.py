@@ -40,7 +40,7 @@ from minipeft import (
     save_adapter,
     train,
 )
-from minipeft.memory import estimate, measure
+from minipeft.memory.estimate import estimate, measure
 from minipeft.virtual_tokens import key_value_shape, per_layer, table_of_cache
 
 EVERY = pytest.mark.parametrize("name", NAMES)

@@ -21,8 +21,17 @@ from safetensors.torch import save_file
 from torch.distributed import distributed_c10d as c10d
 
 from minipeft import Collator, add_lora, encode, load_base, save_adapter, train
-from minipeft.distributed import finish, leads, ranks, share, start, sum_gradients, wait, whole
-from minipeft.training import loss_sum
+from minipeft.training.distributed import (
+    finish,
+    leads,
+    ranks,
+    share,
+    start,
+    sum_gradients,
+    wait,
+    whole,
+)
+from minipeft.training.loop import loss_sum
 
 PAIRS = [
     ("One", " two three"),

@@ -23,9 +23,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from minipeft.distributed import leads, of_first, part_of, wait, whole
-from minipeft.files import MARK, _discard, whole_folder
+from minipeft.adapter_files.atomic import MARK, _discard, whole_folder
 from minipeft.quantization import NF4Linear
+from minipeft.training.distributed import leads, of_first, part_of, wait, whole
 
 NEEDED = {"model.safetensors", "optimizer.safetensors", "state.json"}
 FILES = NEEDED | {"best.safetensors"}

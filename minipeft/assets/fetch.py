@@ -26,7 +26,7 @@ from pathlib import Path
 from filelock import FileLock
 from platformdirs import user_cache_dir
 
-from minipeft.files import recover_folder, whole_folder
+from minipeft.adapter_files.atomic import recover_folder, whole_folder
 from minipeft.freezing import shown
 
 LAYOUT = 1  # raise it when the contents of a cached folder change, so that old ones are redone
@@ -72,7 +72,7 @@ REVIEW_FILES = {
 }
 LANGUAGES = ("english", "chinese")
 INSTRUCTIONS = {"english": "instructions_en.jsonl", "chinese": "instructions_zh.jsonl"}
-INSTRUCTION_FOLDER = Path(__file__).resolve().parents[1] / "data"  # in the repository
+INSTRUCTION_FOLDER = Path(__file__).resolve().parents[2] / "data"  # in the repository
 
 
 def cache_dir():
@@ -484,18 +484,3 @@ def load_instructions(language="english"):
     for part in parts.values():
         random.Random(0).shuffle(part)
     return _dataset(parts, ["prompt", "answer", "category"])
-
-
-def main(arguments):
-    if set(arguments) - {"--verify"}:
-        return f"Error: {' '.join(arguments)} is not understood; give nothing, or --verify."
-    try:
-        fetch_all(verify="--verify" in arguments)
-    except AssetError as error:
-        return f"Error: {error}"
-
-
-if __name__ == "__main__":
-    from minipeft import assets  # so that the exceptions are those of the imported module
-
-    sys.exit(assets.main(sys.argv[1:]))

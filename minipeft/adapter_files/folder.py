@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from minipeft.distributed import leads, wait, whole
-from minipeft.files import MARK, behind_link, flush, whole_folder
-from minipeft.technique import heads
+from minipeft.adapter_files.atomic import MARK, behind_link, flush, whole_folder
+from minipeft.technique.on_model import heads
+from minipeft.training.distributed import leads, wait, whole
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 TECHNIQUES = {  # the module that reads a folder of this type

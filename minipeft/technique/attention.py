@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from minipeft.freezing import blocks
-from minipeft.technique import evaluating
+from minipeft.technique.on_model import evaluating
 
 NAME = "minipeft"
 

@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 
 from minipeft.batching import position_ids_from_mask
 from minipeft.freezing import blocks
-from minipeft.technique import evaluating, has_numbers
+from minipeft.technique.on_model import evaluating, has_numbers
 
 CACHES = ("past_key_values", "cache", "cache_params")  # of the same thing in transformers
 LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")

@@ -16,7 +16,8 @@ from torch import nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from minipeft.distributed import (
+from minipeft.freezing import refuse_no_model, shown
+from minipeft.training.distributed import (
     leads,
     lost_a_rank,
     my_rows,
@@ -27,15 +28,14 @@ from minipeft.distributed import (
     wait,
     whole,
 )
-from minipeft.freezing import refuse_no_model, shown
-from minipeft.losses import (
+from minipeft.training.loss import (
     count_targets,
     loss_sum,
     refuse_batch,
     refuse_kind,
     refuse_no_targets,
 )
-from minipeft.resume import (
+from minipeft.training.resume import (
     begin_anew,
     copy_of,
     damaged,

@@ -23,10 +23,10 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from minipeft.losses import CAUSAL, kind_of
-from minipeft.tape import BLOCKS, Tape
-from minipeft.technique import restore, snapshot
-from minipeft.training import adamw, switch_checkpointing
+from minipeft.memory.graph import BLOCKS, Tape
+from minipeft.technique.on_model import restore, snapshot
+from minipeft.training.loop import adamw, switch_checkpointing
+from minipeft.training.loss import CAUSAL, kind_of
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "inputs", "temporaries")
 PRECISIONS = ("float32", "bfloat16")

@@ -142,7 +142,7 @@ def share(model, kind):
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is none of {', '.join(KINDS)}.")
     if _patient is None:
-        raise ValueError("Call minipeft.distributed.start() first.")
+        raise ValueError("Call minipeft.training.distributed.start() first.")
     place = next(model.parameters()).device.type
     if dist.get_backend() == "nccl" and place != "cuda":
         raise ValueError(

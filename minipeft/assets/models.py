@@ -19,8 +19,9 @@ from transformers import (
     Qwen2Config,
 )
 
+from minipeft.assets.fetch import AssetError, _quiet, fetch_base_model
 from minipeft.freezing import shown
-from minipeft.trial import close
+from minipeft.technique.trial import close
 
 # Grouped-query attention: two key-value heads serve four query heads.
 GQA = {
@@ -90,8 +91,6 @@ def _tiny(name, seed):
 
 def _pretrained(source, dtype, local):
     """A model and its tokenizer as files hold them; AssetError if they hold more or less."""
-    from minipeft.assets import AssetError, _quiet  # late: `python -m minipeft.assets` stays silent
-
     with _quiet():
         options = {"local_files_only": local, "trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -151,8 +150,6 @@ def load_base(name="smollm2", device=None, dtype=torch.float32, seed=0):
     Code that a folder or the hub brings is never run, and pickled weights are not read.
     Raises AssetError in one sentence if the model cannot be had, ValueError for other bad input.
     """
-    from minipeft.assets import AssetError, fetch_base_model
-
     if not isinstance(name, str | os.PathLike):
         raise ValueError(f"name={shown(name)} is neither the name of a model nor a folder.")
     if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
@@ -201,8 +198,6 @@ def _device(device):
 
 def _named(name, dtype):
     """A model from a folder or from the hub; every failure becomes one sentence."""
-    from minipeft.assets import AssetError
-
     folder = Path(os.path.expanduser(name))
     if name and os.path.isdir(folder):
         if not (folder / "config.json").is_file():

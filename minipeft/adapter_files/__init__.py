@@ -1,0 +1,1 @@
+"""Adapters on disk, in the folder format of HF peft: JSON and safetensors."""

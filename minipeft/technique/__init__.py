@@ -1,0 +1,1 @@
+"""What every technique needs and no paper describes: put on a model, tried there, taken off."""
