@@ -61,6 +61,7 @@ from minipeft import (
 )
 from minipeft.freezing import only_head, only_last_blocks, only_norms
 from minipeft.memory import measure
+from minipeft.technique.on_model import technique_of
 from this_machine import append_rows, rows_so_far, seconds, this_machine
 
 RESULTS = Path(__file__).resolve().parent / "results" / "choosing.csv"
@@ -161,9 +162,9 @@ def run(method, lr, seed, examples, part, tests, others):
 
 def ready(model):
     """What is trained as it is used: nothing is left that can be folded away."""
-    if getattr(model, "minipeft_technique", None) == "lora":
+    if technique_of(model) == "lora":
         merge_lora(model)
-    if getattr(model, "minipeft_technique", None) == "p_tuning":
+    if technique_of(model) == "p_tuning":
         fold_p_tuning(model)
     return model.eval()
 
@@ -200,7 +201,7 @@ def file_bytes(model):
     """What has to be kept: the adapter's file, or the trained tensors in one file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kept"
-        if getattr(model, "minipeft_technique", None):
+        if technique_of(model):
             save_adapter(model, path)
             return (path / "adapter_model.safetensors").stat().st_size
         kept = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}

@@ -2,18 +2,22 @@
 
 from minipeft.adapter_files.folder import load_adapter, save_adapter
 from minipeft.adapters import add_adapters
-from minipeft.assets.fetch import AssetError, load_dialogues, load_instructions, load_reviews
+from minipeft.assets.datasets import load_dialogues, load_instructions, load_reviews
+from minipeft.assets.fetch import AssetError
 from minipeft.assets.models import budget, load_base, pick_device
 from minipeft.batching import Batches, Collator, encode, padding_share, position_ids_from_mask
 from minipeft.distillation import distil_from, distillation_loss, student_from_layers
 from minipeft.evaluation import classify, complete, wilson_interval
 from minipeft.freezing import count_parameters, freeze, unfreeze
-from minipeft.lora import add_lora, lora_plus_groups, merge_lora, unload_lora, unmerge_lora
+from minipeft.lora import add_lora, merge_lora, unload_lora, unmerge_lora
+from minipeft.lora_variants import lora_plus_groups
 from minipeft.p_tuning import add_p_tuning, fold_p_tuning
 from minipeft.p_tuning_v2 import add_p_tuning_v2, fold_p_tuning_v2
 from minipeft.prefix_tuning import add_prefix_tuning, fold_prefix_tuning
 from minipeft.prompt_tuning import add_prompt_tuning, nearest_words
-from minipeft.training.loop import History, evaluate, train
+from minipeft.technique.record import disabled, remove
+from minipeft.training.history import History
+from minipeft.training.loop import evaluate, train
 
 __all__ = [
     "AssetError",
@@ -30,6 +34,7 @@ __all__ = [
     "classify",
     "complete",
     "count_parameters",
+    "disabled",
     "distil_from",
     "distillation_loss",
     "encode",
@@ -49,6 +54,7 @@ __all__ = [
     "padding_share",
     "pick_device",
     "position_ids_from_mask",
+    "remove",
     "save_adapter",
     "student_from_layers",
     "train",

@@ -17,15 +17,12 @@ from torch import nn
 from torch.nn.functional import gelu, relu, silu
 from transformers.pytorch_utils import Conv1D
 
-from minipeft.freezing import (
-    at_least_float32,
-    blocks,
-    refuse_other_shapes,
-    refuse_size,
-)
-from minipeft.technique.on_model import adding, freeze_base, refuse_tuned, unchanged
+from minipeft.freezing import at_least_float32, blocks
+from minipeft.refusals import refuse_size, require
+from minipeft.technique.layers import InPlace, replace_layer
+from minipeft.technique.on_model import adding, freeze_base
+from minipeft.technique.unchanged import unchanged
 
-PEFT_TYPE = "MINIPEFT_ADAPTERS"  # HF peft has none of this kind, and refuses the name
 ACTIVATIONS = {"gelu": gelu, "relu": relu, "silu": silu}
 PLACEMENTS = {"houlsby": ("attention", "feed-forward"), "pfeiffer": ("feed-forward",)}
 # What the last layer of a part is called, whose output goes into the residual sum: as in Llama,
@@ -37,7 +34,7 @@ LAST = {
 }  # fmt: skip
 
 
-class Adapter(nn.Module):
+class Adapter(InPlace):
     """What `base` gives, and a trainable correction of it: 2 * hidden * m + hidden + m parameters.
 
     base: the frozen layer, from (..., in) to (..., hidden), or another Adapter to stand on.
@@ -59,19 +56,6 @@ class Adapter(nn.Module):
             nn.init.zeros_(zero)
         self.train(base.training)  # a model in eval mode stays in it
 
-    # What a model may ask of the layer that stood here; one that computes with it is refused.
-    @property
-    def weight(self):
-        return self.base.weight
-
-    @property
-    def bias(self):
-        return self.base.bias
-
-    @property
-    def in_features(self):
-        return self.base.in_features
-
     @property
     def out_features(self):
         return self.up.out_features
@@ -81,15 +65,6 @@ class Adapter(nn.Module):
         # On a half-precision base the adapter stays in float32 and only the sum is rounded.
         z = ACTIVATIONS[self.activation](self.down(h.to(self.down.weight.dtype)))  # (b, seq, m)
         return (h + self.up(z)).to(h.dtype)
-
-    def on_paper(self, tape, x, out):
-        """The same forward in the operations of minipeft.memory.graph, for `memory.estimate`."""
-        h = tape.apply(self.base, x, out, "")
-        z, m = tape.cast(h, self.down.weight.dtype.itemsize), str(self.down.out_features)
-        z = tape.linear(z, self.down.weight, m, self.down.bias, name="down input")
-        z = tape.activation(z, self.activation)
-        z = tape.linear(z, self.up.weight, out, self.up.bias, name="up input")
-        return tape.cast(tape.add(h, z), h.width)
 
 
 def add_adapters(model, bottleneck=64, placement="houlsby", activation="gelu"):
@@ -108,35 +83,35 @@ def add_adapters(model, bottleneck=64, placement="houlsby", activation="gelu"):
     Raises ValueError for a number below 1, an unknown word, a model with another technique, and one
     in whose blocks the output projections are not found, or are not called.
     """
-    _check(bottleneck, placement, activation)
+    check_settings(bottleneck, placement, activation)
     config = {"bottleneck": bottleneck, "placement": placement, "activation": activation}
     with adding(model, "adapters", again=True), unchanged(model) as needed:
-        found = _places(model, placement)
+        found = places(model, placement)
         freeze_base(model)
         for name, layer, place in found:
-            parent, _, last = name.rpartition(".")
-            adapter = Adapter(layer, _width(layer), bottleneck, activation, place)
-            setattr(model.get_submodule(parent), last, adapter)
-            needed[name] = adapter
+            needed[name] = Adapter(layer, width(layer), bottleneck, activation, place)
+            replace_layer(model, name, needed[name])
         model.adapter_configs = [*getattr(model, "adapter_configs", []), config]
     return model
 
 
-def _width(layer):
+def width(layer):
     """How wide the output of a projection is; Conv1D has its own name for it."""
     return layer.nf if isinstance(layer, Conv1D) else layer.out_features
 
 
-def _check(bottleneck, placement, activation):
+def check_settings(bottleneck, placement, activation):
+    """Raise ValueError for a setting of `add_adapters` that it does not know."""
     refuse_size("bottleneck", bottleneck, "width")
-    if placement not in list(PLACEMENTS):
-        raise ValueError(f"placement={placement!r} is none of {', '.join(map(repr, PLACEMENTS))}.")
-    if activation not in list(ACTIVATIONS):
-        known = ", ".join(map(repr, ACTIVATIONS))
-        raise ValueError(f"activation={activation!r} is none of {known}.")
+    for name, value, known in (
+        ("placement", placement, PLACEMENTS),
+        ("activation", activation, ACTIVATIONS),
+    ):
+        known = list(known)
+        require(value in known, f"{name}={value!r} is none of {', '.join(map(repr, known))}.")
 
 
-def _places(model, placement):
+def places(model, placement):
     """[(dotted name, layer, {"device", "dtype"} for trainables)], in the order of the blocks.
 
     The layer is an output projection, or the Adapter that stands in its place.
@@ -157,66 +132,11 @@ def _places(model, placement):
                 if f".{name}".endswith(tuple(f".{last}" for last in LAST[part]))
                 and ("att" in name) == (part == "attention")
             ]
-            if len(fitting) != 1:
-                raise ValueError(
-                    f"A block of {type(model).__name__} should have one output projection of its "
-                    f"{part} part, named {' or '.join(LAST[part])}, and has {len(fitting)}; its "
-                    f"layers are {', '.join(layers)}."
-                )
+            require(
+                len(fitting) == 1,
+                f"A block of {type(model).__name__} should have one output projection of its "
+                f"{part} part, named {' or '.join(LAST[part])}, and has {len(fitting)}; its "
+                f"layers are {', '.join(layers)}.",
+            )
             found.append((names[fitting[0]], fitting[0], place))
     return found
-
-
-# ---- the folder format (checkpoints.py) ---------------------------------------------------------
-
-
-READS = dict.fromkeys(["bottleneck", "placement", "activation", "stands_on"])  # all looked at below
-
-
-def to_peft(model):
-    """(adapter_config, {key: tensor}) of the adapters that were added last.
-
-    Those that they stand on are not written: they have a folder of their own, if they were saved
-    when they were trained. "stands_on" says how many there are.
-    """
-    config = model.adapter_configs[-1] | {"stands_on": len(model.adapter_configs) - 1}
-    state = {
-        f"{name}.{key}": getattr(adapter, part).get_parameter(kind)
-        for name, adapter, _ in _places(model, config["placement"])
-        for key in _shapes(1, 1)
-        for part, kind in [key.split(".")]
-    }
-    return config, state
-
-
-def _shapes(hidden, m):
-    return {"down.weight": (m, hidden), "down.bias": (m,),
-            "up.weight": (hidden, m), "up.bias": (hidden,)}  # fmt: skip
-
-
-def from_peft(model, config, state):
-    """Add the adapters of a folder to `model`, on top of those it has; all or nothing.
-
-    Raises ValueError if they do not fit, or were trained on top of more adapters or fewer.
-    """
-    if getattr(model, "minipeft_technique", None) != "adapters":
-        refuse_tuned(model)
-    settings = [config.get(key) for key in ("bottleneck", "placement", "activation")]
-    _check(*settings)
-    present = len(getattr(model, "adapter_configs", []))
-    if config.get("stands_on") != present:
-        raise ValueError(
-            f"These adapters were trained on top of {config.get('stands_on')} other set(s) of "
-            f"adapters, and this model has {present}; load those first, on the base model."
-        )
-    expected = {
-        f"{name}.{key}": shape
-        for name, layer, _ in _places(model, settings[1])
-        for key, shape in _shapes(_width(layer), settings[0]).items()
-    }
-    refuse_other_shapes(state, expected)
-    add_adapters(model, *settings)
-    with torch.no_grad():
-        for key, tensor in state.items():
-            model.get_parameter(key).copy_(tensor)
-    return model

@@ -1,6 +1,5 @@
 """From prompts and answers to batches: encode, mask the labels, cut, pad, group by length."""
 
-import os
 import random
 from collections.abc import Mapping
 from numbers import Integral
@@ -8,75 +7,11 @@ from numbers import Integral
 import torch
 from torch.nn.functional import pad
 
-from minipeft.freezing import shown
+from minipeft.prompts import framed
+from minipeft.refusals import refuse_flag, require, shown
+from minipeft.row_checks import checked, of_whole_rows
 
 IGNORED = -100  # what torch's cross_entropy skips by default, and so what every model skips
-
-
-def framed(tokenizer, prompt):
-    """(special tokens, such as BOS, that come before the prompt; its own ids), two lists of ids.
-
-    Training and answering see the same prompt, because `encode`, `classify` and `complete` all
-    frame it here. prompt: a text, or the messages of a chat, [{"role": ..., "content": ...}, ...],
-    which the tokenizer's chat template renders up to where the answer begins.
-    What the tokenizer puts before a text comes once, also where the text brings it already. A text
-    that a chat template wrote has all that it needs. What the tokenizer puts behind, such as EOS or
-    [SEP], is left out: the answer is yet to come.
-    Raises ValueError for a prompt that is neither, and messages that cannot be rendered.
-    """
-    if not callable(tokenizer):
-        raise ValueError(f"{shown(tokenizer)} is no tokenizer; load_base returns one.")
-    chat = isinstance(prompt, list | tuple)
-    if not chat and not isinstance(prompt, str):
-        raise ValueError(
-            f"{shown(prompt)} is no prompt; it must be text, or a list of messages with role and "
-            "content."
-        )
-    text = _rendered(tokenizer, prompt) if chat else prompt
-    before, ids = _split(tokenizer, text)
-    if not ids:
-        before, _ = _split(tokenizer, "a")  # around nothing, before and behind look the same
-        return before, ids
-    first = tokenizer.convert_ids_to_tokens(ids[0])
-    typed = text.lstrip().startswith(first)  # as special tokens are, but not what is unknown
-    brought = len(os.path.commonprefix([before, ids])) if typed else 0
-    template = str(getattr(tokenizer, "chat_template", None))
-    from_template = typed and ids[0] in tokenizer.added_tokens_decoder and first in template
-    if brought or chat or from_template:
-        return ids[:brought], ids[brought:]
-    return before, ids
-
-
-def _split(tokenizer, text):
-    """(special tokens put before the text, the ids of the text itself)."""
-    encoded = tokenizer(text, return_special_tokens_mask=True)
-    ids, added = encoded["input_ids"], encoded["special_tokens_mask"]
-    if 0 not in added:
-        return [], []
-    begin, end = added.index(0), len(added) - added[::-1].index(0)
-    return ids[:begin], ids[begin:end]
-
-
-def _rendered(tokenizer, messages):
-    """The text of a chat, up to where the answer begins."""
-    for message in messages or [None]:
-        keys = ("role", "content")
-        if not isinstance(message, Mapping) or not all(
-            isinstance(message.get(key), str) for key in keys
-        ):
-            raise ValueError(
-                f'{shown(message)} is no message; a chat is a list of {{"role": "user", "content": '
-                '"..."} with a text each.'
-            )
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("This tokenizer has no chat template; give the prompt as text.")
-    try:
-        return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True
-        )
-    except Exception as error:  # a template may refuse an order of roles
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"The chat template cannot render these messages: {reason}") from error
 
 
 def encode(tokenizer, prompt, answer=None, max_length=None, add_eos=True):
@@ -100,39 +35,38 @@ def encode(tokenizer, prompt, answer=None, max_length=None, add_eos=True):
     """
     if not isinstance(answer, str | None):
         raise ValueError(f"An answer must be text, or None to have none; got {shown(answer)}.")
-    if not isinstance(add_eos, bool):
-        raise ValueError(f"add_eos={shown(add_eos)} is neither True nor False.")
+    refuse_flag("add_eos", add_eos)
     before, text = framed(tokenizer, prompt)
-    if not before and not text:
-        raise ValueError(
-            "The prompt is empty and this tokenizer adds no BOS, so no position could predict the "
-            "first token of the answer. Give a prompt, for example tokenizer.bos_token."
-        )
+    require(
+        before or text,
+        "The prompt is empty and this tokenizer adds no BOS, so no position could predict the "
+        "first token of the answer. Give a prompt, for example tokenizer.bos_token.",
+    )
     reply, end = [], []
     if answer is not None:
         reply = tokenizer(answer, add_special_tokens=False)["input_ids"]
-        if not reply:
-            raise ValueError(
-                "The answer is empty: it would only teach the model to stop at once. Drop the "
-                "row, or give tokenizer.eos_token as the answer if that is what you want."
-            )
+        require(
+            reply,
+            "The answer is empty: it would only teach the model to stop at once. Drop the "
+            "row, or give tokenizer.eos_token as the answer if that is what you want.",
+        )
         if add_eos:
-            if tokenizer.eos_token_id is None:
-                raise ValueError(
-                    "This tokenizer has no EOS token, so the model could not learn to stop. "
-                    "Set tokenizer.eos_token, or pass add_eos=False."
-                )
+            require(
+                tokenizer.eos_token_id is not None,
+                "This tokenizer has no EOS token, so the model could not learn to stop. "
+                "Set tokenizer.eos_token, or pass add_eos=False.",
+            )
             end = [tokenizer.eos_token_id]
             reply = reply[:-1] if reply[-1:] == end else reply  # the text may bring its own EOS
     cut = {"prompt": 0, "answer": 0}
     if max_length is not None:
         least = len(before) + min(1, len(text)) + min(1, len(reply)) + len(end)
-        if not _is_whole_number(max_length) or max_length < least:
-            raise ValueError(
-                f"max_length={shown(max_length)} is too short or no whole number: the smallest row "
-                "of this tokenizer, with a token each of prompt and answer and the special ones, "
-                f"has {least} tokens."
-            )
+        require(
+            _is_whole_number(max_length) and max_length >= least,
+            f"max_length={shown(max_length)} is too short or no whole number: the smallest row "
+            "of this tokenizer, with a token each of prompt and answer and the special ones, "
+            f"has {least} tokens.",
+        )
         room = max_length - len(before) - len(end)
         cut["prompt"] = max(0, min(len(text) + len(reply) - room, len(text) - 1))
         text = text[cut["prompt"] :]
@@ -186,19 +120,18 @@ class Collator:
     """
 
     def __init__(self, pad_token_id, padding_side="right", position_ids=False):
-        if pad_token_id is None:
-            raise ValueError(
-                "There is no pad token. Pass tokenizer.eos_token_id: padding is masked by "
-                "position here, so the real EOS stays a target."
-            )
-        if not _is_whole_number(pad_token_id) or pad_token_id < 0:
-            raise ValueError(
-                f"pad_token_id={shown(pad_token_id)} is no token id; pass a whole number."
-            )
+        require(
+            pad_token_id is not None,
+            "There is no pad token. Pass tokenizer.eos_token_id: padding is masked by "
+            "position here, so the real EOS stays a target.",
+        )
+        require(
+            _is_whole_number(pad_token_id) and pad_token_id >= 0,
+            f"pad_token_id={shown(pad_token_id)} is no token id; pass a whole number.",
+        )
         if padding_side not in ("left", "right"):
             raise ValueError(f"padding_side={shown(padding_side)} is neither 'left' nor 'right'.")
-        if not isinstance(position_ids, bool):
-            raise ValueError(f"position_ids={shown(position_ids)} is neither True nor False.")
+        refuse_flag("position_ids", position_ids)
         self.pad_token_id = pad_token_id
         self.padding_side = padding_side
         self.position_ids = position_ids
@@ -206,12 +139,12 @@ class Collator:
     def __call__(self, rows):
         fill = {"input_ids": self.pad_token_id, "attention_mask": 0, "token_type_ids": 0,
                 "labels": IGNORED}  # fmt: skip
-        rows = _checked(rows)
+        rows = checked(rows)
         width = max(len(row["input_ids"]) for row in rows)
         batch = {}
         for name in rows[0]:
             values = [row[name] for row in rows]
-            if name == "labels" and _of_whole_rows(values):
+            if name == "labels" and of_whole_rows(values):
                 dtype = torch.float32 if any(v.is_floating_point() for v in values) else torch.int64
                 batch[name] = torch.stack([v.to(dtype) for v in values])  # (batch,) or (batch, n)
                 continue
@@ -222,97 +155,6 @@ class Collator:
         if self.position_ids:
             batch["position_ids"] = position_ids_from_mask(batch["attention_mask"])
         return batch
-
-
-def _checked(rows):
-    """The rows as dicts of tensors, each with its mask; refuses what would train wrong in silence.
-
-    Of a row: input_ids, attention_mask, labels if all have them, token_type_ids if all have them.
-    """
-    if not isinstance(rows, list | tuple) or not rows:
-        raise ValueError(f"A batch needs rows, in a list; got {shown(rows)}.")
-    for i, row in enumerate(rows):
-        if not isinstance(row, Mapping) or "input_ids" not in row:
-            raise ValueError(f"Row {i} of the batch is {shown(row)}, without input_ids; encode it.")
-    present = {name: [row.get(name) is not None for row in rows]
-               for name in ("labels", "token_type_ids")}  # fmt: skip
-    for name, found in present.items():
-        if any(found) != all(found):
-            raise ValueError(f"A batch needs rows with {name} in all of them or in none.")
-    checked = [{"input_ids": _ids(i, row, "input_ids")} for i, row in enumerate(rows)]
-    for i, (row, new) in enumerate(zip(rows, checked, strict=True)):
-        ids, mask = new["input_ids"], row.get("attention_mask")
-        if not len(ids) or (mask is not None and 0 in _ids(i, row, "attention_mask")):
-            raise ValueError(
-                f"Row {i} of the batch is empty or holds padding already. Give unpadded rows: "
-                "the collator pads them, and a row of nothing but padding has no meaning."
-            )
-        new["attention_mask"] = torch.ones_like(ids)
-        if all(present["token_type_ids"]):
-            new["token_type_ids"] = _ids(i, row, "token_type_ids", ids)
-    if all(present["labels"]):
-        labels = [_tensor(i, row, "labels") for i, row in enumerate(rows)]
-        own = _of_whole_rows(labels)
-        for i, (row, new, mine) in enumerate(zip(rows, checked, labels, strict=True)):
-            if own:
-                _refuse_row_label(i, mine, labels[0])
-            else:
-                mine = _ids(i, row, "labels", new["input_ids"])
-                if set(mine[1:].tolist()) <= {IGNORED}:
-                    raise ValueError(
-                        f"Row {i} of the batch has no target: every label after the first is -100, "
-                        "so a loss would be 0/0 = NaN. Was the answer empty or cut off?"
-                    )
-            new["labels"] = mine
-    return checked
-
-
-def _tensor(i, row, name):
-    try:
-        value = torch.as_tensor(row[name])
-    except (TypeError, ValueError, RuntimeError):
-        value = None
-    if value is None or value.dtype == torch.bool or value.is_complex():
-        raise ValueError(f"Row {i} of the batch has {name} {shown(row[name])}; give whole numbers.")
-    return value
-
-
-def _ids(i, row, name, like=None):
-    """A value of a row as int64 (seq,), of the length of `like`; -100 is allowed in labels."""
-    value = _tensor(i, row, name)
-    if like is not None and value.dim() == 1 and len(value) != len(like):
-        raise ValueError(
-            f"Row {i} of the batch has {len(like)} input_ids but {len(value)} {name}; they must "
-            "be of one length."
-        )
-    empty = value.dim() == 1 and not len(value)
-    if not empty and (value.dim() != 1 or value.is_floating_point()):
-        raise ValueError(
-            f"Row {i} of the batch has {name} {tuple(value.shape)} of {value.dtype}; give one "
-            "list of whole numbers, (seq,)."
-        )
-    wrong = value < 0 if name != "labels" else (value < 0) & (value != IGNORED)
-    if wrong.any():
-        raise ValueError(
-            f"Row {i} of the batch has {int(value[wrong][0])} among its {name}, which is no token "
-            "id; -100 in labels is no target."
-        )
-    return value.long()
-
-
-def _of_whole_rows(labels):
-    """Are they labels of whole rows: a class number each, or numbers that are no whole ones?"""
-    return all(v.dim() == 0 or v.is_floating_point() and v.numel() for v in labels)
-
-
-def _refuse_row_label(i, label, first):
-    """A class number is 0 or more; numbers are finite, and as many in each row."""
-    fits = label.shape == first.shape and label.dim() <= 1 and label.isfinite().all()
-    if not fits or not (label.is_floating_point() or label >= 0):
-        raise ValueError(
-            f"Row {i} of the batch has labels {shown(label.tolist())}; a class is a whole number "
-            "from 0 on, and other labels of rows are finite numbers, as many in each row."
-        )
 
 
 class Batches:
@@ -333,17 +175,14 @@ class Batches:
             raise ValueError(
                 f"Rows are a list of encoded rows, or one split of a data set; got {shown(rows)}."
             )
-        if not _is_whole_number(batch_size) or batch_size < 1 or len(rows) == 0:
-            raise ValueError(
-                f"{len(rows)} rows do not go into batches of {shown(batch_size)} rows."
-            )
-        if not callable(collate):
-            raise ValueError(f"{shown(collate)} cannot collate rows; pass a Collator.")
-        for name, value in {"group_by_length": group_by_length, "shuffle": shuffle}.items():
-            if not isinstance(value, bool):
-                raise ValueError(f"{name}={shown(value)} is neither True nor False.")
-        if not _is_whole_number(seed):
-            raise ValueError(f"seed={shown(seed)} is no whole number.")
+        require(
+            _is_whole_number(batch_size) and batch_size >= 1 and len(rows) > 0,
+            f"{len(rows)} rows do not go into batches of {shown(batch_size)} rows.",
+        )
+        require(callable(collate), f"{shown(collate)} cannot collate rows; pass a Collator.")
+        refuse_flag("group_by_length", group_by_length)
+        refuse_flag("shuffle", shuffle)
+        require(_is_whole_number(seed), f"seed={shown(seed)} is no whole number.")
         self.rows, self.collate, self.batch_size = rows, collate, batch_size
         self.seed, self.epoch, self.shuffle = seed, 0, shuffle
         self.lengths = _lengths(rows) if group_by_length else None
@@ -379,6 +218,7 @@ class Batches:
 
 
 def _lengths(rows):
+    """The number of tokens of each row."""
     try:
         return [len(row["input_ids"]) for row in rows]
     except (TypeError, KeyError) as error:

@@ -11,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from minipeft.batching import Collator, encode
-from minipeft.freezing import refuse_size, shown
+from minipeft.refusals import refuse_size, shown
 from minipeft.technique.on_model import evaluating
 
 

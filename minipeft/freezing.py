@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from minipeft.refusals import refuse_flag, refuse_no_model, require, shown
+
 
 def freeze(model):
     """Set requires_grad=False on every parameter. Returns the model."""
@@ -37,10 +39,10 @@ def unfreeze(model, *module_patterns):
     ]
     matched = set()
     for pattern in module_patterns or ("*",):
-        if not isinstance(pattern, str) or not pattern:
-            raise ValueError(
-                f"{shown(pattern)} is no pattern; give names of modules one by one, as texts."
-            )
+        require(
+            isinstance(pattern, str) and pattern,
+            f"{shown(pattern)} is no pattern; give names of modules one by one, as texts.",
+        )
         fitting = {name for name in names if fnmatchcase(name, pattern)}
         if not fitting:
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
@@ -54,11 +56,6 @@ def unfreeze(model, *module_patterns):
     for module in modules:
         module.requires_grad_(True)
     return model
-
-
-def refuse_no_model(model):
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"{shown(model)} is no model; give an nn.Module, as load_base returns.")
 
 
 def _refuse_quantised(model, *modules):
@@ -105,17 +102,17 @@ def blocks(model):
         if elsewhere or (isinstance(module, nn.ModuleList) and len(module) in numbers):
             passed |= set(module.modules())
             fitting += [] if elsewhere else [module]
-    if not fitting:
-        raise ValueError(
-            f"{name} has no list of blocks: no nn.ModuleList in it is as long as "
-            f"config.num_hidden_layers, which is {number}."
-        )
+    require(
+        fitting,
+        f"{name} has no list of blocks: no nn.ModuleList in it is as long as "
+        f"config.num_hidden_layers, which is {number}.",
+    )
     sizes = [sum(t.numel() for t in (*m.parameters(), *m.buffers())) for m in fitting]
-    if sum(sizes) - max(sizes) > max(sizes) / 10:
-        raise ValueError(
-            f"{name} has {len(fitting)} lists as long as config.num_hidden_layers, which is "
-            f"{number}: its blocks are not in one of them."
-        )
+    require(
+        sum(sizes) - max(sizes) <= max(sizes) / 10,
+        f"{name} has {len(fitting)} lists as long as config.num_hidden_layers, which is "
+        f"{number}: its blocks are not in one of them.",
+    )
     return fitting[sizes.index(max(sizes))]
 
 
@@ -148,8 +145,7 @@ def only_head(model, untie=False):
     heads = [child for child in model.children() if child is not backbone]
     if backbone is model or not any(True for h in heads for _ in h.parameters()):
         raise ValueError(f"{type(model).__name__} has no head: it is the backbone alone.")
-    if not isinstance(untie, bool):
-        raise ValueError(f"untie={shown(untie)} is neither True nor False.")
+    refuse_flag("untie", untie)
     _refuse_quantised(model, *heads)
     freeze(model)
     shared = {id(p) for p in backbone.parameters()}
@@ -189,12 +185,16 @@ def only_biases(model):
 
 
 def _only(model, params, what):
-    if not params:
-        raise ValueError(f"{type(model).__name__} has no {what}, so nothing would be trained.")
+    require(params, f"{type(model).__name__} has no {what}, so nothing would be trained.")
     freeze(model)
     for p in params:
         p.requires_grad_(True)
     return model
+
+
+def trainable_parameters(model):
+    """{name: parameter} of what requires grad; a tied parameter appears once."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def count_parameters(model):
@@ -240,31 +240,6 @@ def count_by_module(model):
 def at_least_float32(dtype):
     """The type that trainables get on a base of `dtype`: small updates vanish below float32."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def shown(value):
-    """A value as messages show it: on one line, and cut where it is long."""
-    return " ".join(repr(value).split())[:60]
-
-
-def refuse_size(name, value, what):
-    """Raise ValueError unless `value` is a whole number from 1 on."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={shown(value)} is no {what}; give a whole number from 1 on.")
-
-
-def refuse_other_shapes(state, expected):
-    """Raise ValueError unless the tensors of an adapter have the shapes that the model expects.
-
-    state: {key: tensor}. expected: {key: shape}.
-    """
-    found = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    if found != expected:
-        key = sorted(set(found.items()) ^ set(expected.items()))[0][0]
-        raise ValueError(
-            f"The adapter does not fit this base model: {key} is {found.get(key, 'missing')} in "
-            f"the adapter, and {expected.get(key, 'nowhere')} in the model."
-        )
 
 
 def modules_named(model, endings, kinds):

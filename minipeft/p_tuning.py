@@ -11,23 +11,19 @@ from functools import partial
 import torch
 from torch import nn
 
-from minipeft.freezing import refuse_size
+from minipeft.refusals import refuse_size
+from minipeft.technique.on_model import technique_of
 from minipeft.virtual_tokens import (
-    UNDERSTOOD,
     attach,
     count_positions,
     embedded,
     named_inputs,
     past_length,
-    peft_config,
     place_of,
     refuse,
-    refuse_other_sizes,
-    table_of_state,
     width_of,
 )
 
-PEFT_TYPE, TEMPLATE = "P_TUNING", "P_TUNING_TEMPLATE"  # HF peft has no templates, so no such type
 ENCODERS = ("lstm", "mlp")
 
 
@@ -93,10 +89,11 @@ def add_p_tuning(
     refuse_size("encoder_hidden_size", width, "width")
     place = place_of(model)
     written = PromptEncoder(num_virtual_tokens, hidden, encoder, width, placeholder_id, place)
-    return _attached(model, written)
+    return attach_encoder(model, written)
 
 
-def _attached(model, written):
+def attach_encoder(model, written):
+    """Freeze `model` and put the vectors of a `PromptEncoder` in. Returns the model."""
     before = _fill_template if written.place == "template" else None
     return attach(model, written, "p_tuning", before)
 
@@ -134,53 +131,15 @@ def fold_p_tuning(model):
     Raises ValueError if there is no P-tuning on the model, or it is folded already.
     """
     written = getattr(model, "virtual_tokens", None)
-    if getattr(model, "minipeft_technique", None) != "p_tuning" or not written.encoder:
+    if technique_of(model) != "p_tuning" or not written.encoder:
         raise ValueError("There is no encoder of P-tuning on this model to fold.")
-    model.virtual_tokens = _table(model, written(), written.placeholder_id)
+    model.virtual_tokens = table_of(model, written(), written.placeholder_id)
     return model
 
 
-def _table(model, vectors, placeholder_id):
+def table_of(model, vectors, placeholder_id):
+    """A `PromptEncoder` without an encoder: a table of `vectors` (n, hidden)."""
     table = PromptEncoder(*vectors.shape, None, None, placeholder_id, place_of(model))
     with torch.no_grad():
         table.embedding.weight.copy_(vectors)
     return table.train(model.training)
-
-
-# ---- the folder format of HF peft (checkpoints.py) ---------------------------------------------
-
-
-# Beside what all virtual tokens have: the encoder, which a folder no longer holds, and a template.
-READS = UNDERSTOOD | dict.fromkeys(
-    [
-        "encoder_reparameterization_type",
-        "encoder_hidden_size",
-        "encoder_num_layers",
-        "encoder_dropout",
-        "placeholder_id",
-    ]
-)
-
-
-def to_peft(model):
-    """(adapter_config, {key: tensor}) as HF peft writes them: the folded vectors, no encoder."""
-    written = model.virtual_tokens
-    vectors = written()
-    config = peft_config(model, vectors.shape[1])
-    config["encoder_reparameterization_type"] = (written.encoder or "mlp").upper()
-    config["encoder_hidden_size"] = written.width or vectors.shape[1]
-    if written.place == "template":
-        config |= {"peft_type": TEMPLATE, "placeholder_id": written.placeholder_id}
-    return config, {"prompt_embeddings": vectors}
-
-
-def from_peft(model, config, state):
-    """Add the vectors of an adapter, folded, to `model`. Raises ValueError if they do not fit."""
-    n, hole = config.get("num_virtual_tokens"), config.get("placeholder_id")
-    refuse(model, n)
-    if type(hole) is not (int if config["peft_type"] == TEMPLATE else type(None)):
-        raise ValueError(f"placeholder_id={hole!r} does not go with {config['peft_type']}.")
-    width = width_of(model)
-    refuse_other_sizes(config, token_dim=width)
-    vectors = table_of_state(state, (n, width))
-    return _attached(model, _table(model, vectors, hole))

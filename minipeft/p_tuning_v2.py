@@ -14,24 +14,21 @@ import torch
 from torch import nn
 
 from minipeft.technique.attention import table_of_attention
+from minipeft.technique.on_model import adding
 from minipeft.technique.trial import keeps_cache, states_of
 from minipeft.virtual_tokens import (
-    UNDERSTOOD,
     attach,
     key_value_shape,
     ordinary_tokens,
-    peft_config,
     per_layer,
     place_of,
     refuse,
     refusing,
     survive_checkpointing,
     table_of_cache,
-    table_of_prefix,
     trial_words,
 )
 
-PEFT_TYPE = "PREFIX_TUNING"  # HF peft reads both forms, folded, as prefix-tuning
 FORMS = ("key_value", "hidden")
 
 
@@ -117,7 +114,8 @@ def key_values_of(model, words=None):
         if keeps_cache(model, words):
             shape = key_value_shape(model)
             return table_of_cache(model, words, words.shape[1]), shape, "cache"
-        return *table_of_attention(model, words), "attention"
+        table, shape = table_of_attention(model, words)
+        return table.to(**place_of(model)), shape, "attention"
 
 
 @torch.no_grad()
@@ -130,42 +128,17 @@ def fold_p_tuning_v2(model):
     """
     if not isinstance(getattr(model, "virtual_tokens", None), HiddenStates):
         raise ValueError("There is no hidden form of P-tuning v2 on this model to fold.")
-    table = _table(model)
-    model.virtual_tokens = KeyValues(table, key_value_shape(model)).train(model.training)
-    survive_checkpointing(model)
+    table = table_of(model)
+    with adding(model, "p_tuning_v2", again=True):
+        model.virtual_tokens = KeyValues(table, key_value_shape(model)).train(model.training)
+        survive_checkpointing(model)
     return model
 
 
-def _table(model):
+def table_of(model):
     """The keys and values of either form: (n, layers * 2 * kv_heads * head_dim)."""
     virtual = model.virtual_tokens
     if virtual.place != "hidden":
         return virtual.weight
     one = torch.zeros(1, 1, dtype=torch.int64, device=virtual.weight.device)  # any text will do
     return table_of_cache(model, one, virtual.num_virtual_tokens)
-
-
-# ---- the folder format of HF peft (checkpoints.py) ---------------------------------------------
-
-
-READS = UNDERSTOOD | dict.fromkeys(["encoder_hidden_size", "prefix_projection", "init_weights"])
-
-
-def to_peft(model):
-    """(adapter_config, {key: tensor}) as HF peft writes them: a prefix.
-
-    Without a head the folder is that of prefix-tuning, and loads as such.
-    """
-    virtual = model.virtual_tokens
-    shape = key_value_shape(model) if virtual.place == "hidden" else virtual.shape
-    config = peft_config(model, None, shape)
-    config["prefix_projection"] = False
-    return config, {"prompt_embeddings": _table(model)}
-
-
-def from_peft(model, config, state):
-    """Add the keys and values of an adapter. Raises ValueError if they do not fit."""
-    refuse(model, config.get("num_virtual_tokens"), head="any")
-    _, shape, place = key_values_of(model)
-    table = table_of_prefix(config, state, shape).to(**place_of(model), copy=True)
-    return attach(model, KeyValues(table, shape, place), "p_tuning_v2")

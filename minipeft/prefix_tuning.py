@@ -8,21 +8,16 @@ see nothing themselves. With projection the prefix comes out of an MLP while tra
 
 from torch import nn
 
-from minipeft.freezing import refuse_size
+from minipeft.refusals import refuse_size
 from minipeft.virtual_tokens import (
-    UNDERSTOOD,
     attach,
     key_value_shape,
-    peft_config,
     per_layer,
     place_of,
     refuse,
     table_of_cache,
-    table_of_prefix,
     token_ids,
 )
-
-PEFT_TYPE = "PREFIX_TUNING"
 
 
 class Prefix(nn.Module):
@@ -121,32 +116,12 @@ def fold_prefix_tuning(model):
     prefix = getattr(model, "virtual_tokens", None)
     if not isinstance(prefix, Prefix) or not prefix.mlp:
         raise ValueError("There is no projected prefix on this model to fold.")
-    model.virtual_tokens = _of_table(model, prefix.table().detach())
+    model.virtual_tokens = prefix_of(model, prefix.table().detach())
     return model
 
 
-def _of_table(model, table):
+def prefix_of(model, table):
+    """A `Prefix` without an MLP: `table` is (n, layers * 2 * kv_heads * head_dim)."""
     prefix = Prefix(len(table), key_value_shape(model), place_of(model))
     prefix.embedding.weight.data.copy_(table)
     return prefix.train(model.training)
-
-
-# ---- the folder format of HF peft (checkpoints.py) ---------------------------------------------
-
-
-# Beside what all virtual tokens have: the MLP, which a folder no longer holds, and the start.
-READS = UNDERSTOOD | dict.fromkeys(["encoder_hidden_size", "prefix_projection", "init_weights"])
-
-
-def to_peft(model):
-    """(adapter_config, {key: tensor}) as HF peft writes them: the folded table, no MLP."""
-    config = peft_config(model, None, model.virtual_tokens.shape)
-    config["prefix_projection"] = False
-    return config, {"prompt_embeddings": model.virtual_tokens.table()}
-
-
-def from_peft(model, config, state):
-    """Add the prefix of an adapter to `model`. Raises ValueError if it does not fit."""
-    refuse(model, config.get("num_virtual_tokens"))
-    table = table_of_prefix(config, state, key_value_shape(model))
-    return attach(model, _of_table(model, table), "prefix_tuning")

@@ -9,21 +9,14 @@ import torch
 from torch import nn
 
 from minipeft.virtual_tokens import (
-    UNDERSTOOD,
     attach,
     ordinary_tokens,
-    peft_config,
-    place_of,
     refuse,
-    refuse_other_sizes,
-    table_of_state,
     token_ids,
     vectors_of,
     vocabulary_of,
-    width_of,
 )
 
-PEFT_TYPE = "PROMPT_TUNING"
 INITS = ("text", "vocab", "random")
 
 
@@ -93,33 +86,3 @@ def nearest_words(model, k=5):
         list(zip(ids, values, strict=True))
         for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]
-
-
-# ---- the folder format of HF peft (checkpoints.py) ---------------------------------------------
-
-# Beside what all virtual tokens have: how they started, which their vectors tell no more.
-READS = UNDERSTOOD | dict.fromkeys(
-    [
-        "prompt_tuning_init",
-        "prompt_tuning_init_text",
-        "tokenizer_name_or_path",
-        "tokenizer_kwargs",
-    ]
-)
-
-
-def to_peft(model):
-    """(adapter_config, {key: tensor}) as HF peft writes them."""
-    vectors = model.virtual_tokens()
-    config = peft_config(model, vectors.shape[1])
-    return config | {"prompt_tuning_init": "RANDOM"}, {"prompt_embeddings": vectors}
-
-
-def from_peft(model, config, state):
-    """Add the soft prompt of an adapter to `model`. Raises ValueError if it does not fit."""
-    n = config.get("num_virtual_tokens")
-    refuse(model, n)
-    width = width_of(model)
-    refuse_other_sizes(config, token_dim=width)
-    vectors = table_of_state(state, (n, width))
-    return attach(model, SoftPrompt(vectors.to(**place_of(model), copy=True)), "prompt_tuning")

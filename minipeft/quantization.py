@@ -1,9 +1,10 @@
-"""Fewer bits: 4-bit base weights (QLoRA) and 8-bit optimiser state.
+"""A frozen base in 4 bits: NormalFloat4 and double quantisation (Dettmers et al. 2023, "QLoRA",
+section 3).
 
-Both are block-wise. A block of numbers is divided by its largest magnitude, and each quotient is
-replaced by the index of the nearest entry of a fixed code book in [-1, 1]. One outlier thus spoils
-its own block only. Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", section 2;
-Dettmers et al. 2023, "QLoRA", section 3.
+Quantisation is block-wise (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization",
+section 2). A block of numbers is divided by its largest magnitude, and each quotient is replaced by
+the index of the nearest entry of a fixed code book in [-1, 1]. One outlier thus spoils its own
+block only. quantized_adamw.py does the same to the moments of AdamW.
 """
 
 import math
@@ -15,8 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import linear, pad
 from transformers.pytorch_utils import Conv1D
 
-from minipeft.freezing import blocks, freeze, refuse_size
-from minipeft.technique.on_model import has_numbers
+from minipeft.freezing import blocks, freeze
+from minipeft.refusals import refuse_size, require
+from minipeft.technique.on_model import has_numbers, technique_of
 
 BLOCK_8BIT = 256
 LINEAR = (nn.Linear, Conv1D)
@@ -165,10 +167,6 @@ class NF4Linear(nn.Linear):
         bits = f"NF4, block_size={self.block_size}, double={self.double_quant}, dtype={self.dtype}"
         return f"{super().extra_repr()}, {bits}"
 
-    def on_paper(self, tape, x, out):
-        """For `memory.estimate`: nothing is kept, the weight is made again going backward."""
-        return tape.linear_in_4_bits(x, self, out)
-
 
 class _Frozen(torch.autograd.Function):
     """x W^T + b that keeps neither x (W is not trained) nor W (16 bits of it would undo the 4)."""
@@ -199,11 +197,9 @@ def quantize_base(model, block_size=64, double=True):
     experts in transformers 5): they would stay as large as they are.
     """
     refuse_size("block_size", block_size, "number of weights")
-    if block_size % 2:
-        raise ValueError(f"block_size={block_size} must be even: two codes share a byte.")
-    if not isinstance(double, bool):
-        raise ValueError(f"double={double!r} must be True or False.")
-    if hasattr(model, "minipeft_technique") or hasattr(model, "peft_config"):
+    require(block_size % 2 == 0, f"block_size={block_size} must be even: two codes share a byte.")
+    require(isinstance(double, bool), f"double={double!r} must be True or False.")
+    if technique_of(model) or hasattr(model, "peft_config"):
         raise ValueError("Quantise the base first, and add the technique to what comes out.")
     if getattr(model, "is_quantized", False):
         raise ValueError("transformers has quantised this model already; load it in full.")
@@ -245,77 +241,3 @@ def _refuse_weights(model, stack):
                 f"{names.get(weight, 'A weight')} ({weight.dtype}) cannot be kept in NF4: it is "
                 "no floating-point number, or NaN or infinite in places."
             )
-
-
-class AdamW8bit(torch.optim.Optimizer):
-    """AdamW (Loshchilov and Hutter 2019) with both moments kept in 8 bits, in blocks of 256:
-    2 bytes and 1/32 a trainable instead of 8. The moments are float32 while they are updated.
-
-    Parameters of fewer than 4,096 elements keep float32 moments: they cost little, and norms and
-    biases are sensitive (8-bit Optimizers, section 2.3, says so of embeddings).
-    """
-
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
-        try:
-            beta1, beta2 = betas
-            fits = eps > 0 and all(0 <= beta < 1 for beta in (beta1, beta2))
-            fits = fits and all(0 <= value < math.inf for value in (lr, eps, weight_decay))
-        except (TypeError, ValueError):
-            fits = False
-        if not fits:
-            raise ValueError(
-                f"lr={lr}, betas={betas}, eps={eps} or weight_decay={weight_decay} is out of range."
-            )
-        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, settings)
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        """One update of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update(p, group)
-        return loss
-
-    def load_state_dict(self, state_dict):
-        """As torch's, which would cast all state to the type of the parameter; here it keeps its
-        own: codes are bytes, and moments and absmax float32 for any parameter."""
-        super().load_state_dict(state_dict)
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for key, p in zip(keys, params, strict=True):
-            for name, value in state_dict["state"].get(key, {}).items():
-                if torch.is_tensor(value):
-                    self.state[p][name] = value.to(p.device, copy=True)
-
-    def _update(self, p, group):
-        state, (beta1, beta2) = self.state[p], group["betas"]
-        state["step"] = state.get("step", 0) + 1
-        m, v = (self._read(state, name, p) for name in ("m", "v"))
-        m.lerp_(p.grad.float(), 1 - beta1)
-        v.mul_(beta2).addcmul_(p.grad.float(), p.grad.float(), value=1 - beta2)
-        self._write(state, "m", m)
-        self._write(state, "v", v)
-        v.sqrt_().div_(math.sqrt(1 - beta2 ** state["step"])).add_(group["eps"])
-        p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.addcdiv_(m.to(p.dtype), v.to(p.dtype), value=-group["lr"] / (1 - beta1 ** state["step"]))
-
-    def _read(self, state, name, p):
-        if name not in state:
-            return torch.zeros_like(p, dtype=torch.float32)
-        if f"{name}_absmax" not in state:
-            return state[name]
-        code = table(dynamic_code, p, name == "m")
-        return dequantize(state[name], state[f"{name}_absmax"], code, p.numel()).view(p.shape)
-
-    def _write(self, state, name, moment):
-        if moment.numel() < 4096:
-            state[name] = moment.clone()
-        else:
-            code = table(dynamic_code, moment, name == "m")
-            state[name], state[f"{name}_absmax"] = quantize(moment, code, BLOCK_8BIT)

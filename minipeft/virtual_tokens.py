@@ -27,7 +27,8 @@ from torch.nn.functional import pad
 from transformers import Cache, DynamicCache
 
 from minipeft.batching import position_ids_from_mask
-from minipeft.freezing import at_least_float32, blocks, refuse_size
+from minipeft.freezing import at_least_float32, blocks
+from minipeft.refusals import refuse_size
 from minipeft.technique.attention import check_attentions, open_attentions
 from minipeft.technique.on_model import adding, evaluating, freeze_base, has_numbers, refuse_tuned
 from minipeft.technique.trial import (
@@ -445,65 +446,3 @@ def ordinary_tokens(model, tokenizer=None):
         special |= {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         size = min(size, len(tokenizer))
     return torch.tensor([i for i in range(size) if i not in special], device=table.device)
-
-
-# ---- the folder format of HF peft (checkpoints.py) ---------------------------------------------
-
-
-# What of peft's configurations is understood (see checkpoints.py); each technique adds its own.
-UNDERSTOOD = {
-    "num_virtual_tokens": None,
-    "token_dim": None,
-    "num_attention_heads": None,
-    "num_layers": None,
-    "num_transformer_submodules": (1,),
-}
-
-
-def peft_config(model, width, shape=None):
-    """What the adapter_config of every method with virtual tokens holds.
-
-    width: of the vectors that enter the model. shape: (layers, kv_heads, head_dim) of a prefix.
-    """
-    settings = model.config.get_text_config()
-    layers = getattr(settings, "num_hidden_layers", 1)
-    heads = getattr(settings, "num_attention_heads", 1)
-    if shape is not None:
-        layers, heads, width = shape[0], shape[1], shape[1] * shape[2]
-    return {
-        "num_virtual_tokens": model.virtual_tokens.num_virtual_tokens,
-        "token_dim": width,
-        "num_transformer_submodules": 1,
-        "num_attention_heads": heads,
-        "num_layers": layers,
-    }
-
-
-def refuse_other_sizes(config, **sizes):
-    """Raise ValueError if an adapter_config gives another size than the model has."""
-    for key, size in sizes.items():
-        if config.get(key) not in (None, size):
-            raise ValueError(
-                f"The adapter does not fit this base model: {key} is {config[key]!r} in the "
-                f"adapter, and {size} in the model."
-            )
-
-
-def table_of_prefix(config, state, shape):
-    """The keys and values of an adapter for a cache of (layers, kv_heads, head_dim)."""
-    layers, kv_heads, head_dim = shape
-    width = kv_heads * head_dim
-    refuse_other_sizes(config, num_layers=layers, num_attention_heads=kv_heads, token_dim=width)
-    return table_of_state(state, (config["num_virtual_tokens"], layers * 2 * width))
-
-
-def table_of_state(state, wanted):
-    """The one table of an adapter; ValueError if its shape is not `wanted`, or it has company."""
-    table = state.get("prompt_embeddings")
-    if table is None or tuple(table.shape) != wanted or len(state) != 1:
-        found = {key: tuple(tensor.shape) for key, tensor in state.items()}
-        raise ValueError(
-            "The adapter does not fit this base model: it should hold prompt_embeddings of the "
-            f"shape {wanted}, and holds {found}."
-        )
-    return table

@@ -42,7 +42,8 @@ from minipeft import (
     train,
 )
 from minipeft.adapters import Adapter
-from minipeft.memory.estimate import estimate, measure
+from minipeft.memory.estimate import estimate
+from minipeft.memory.measure import measure
 from minipeft.quantization import quantize_base
 
 HUB = Path(__file__).parent / "fixtures" / "adapterhub"
@@ -88,7 +89,7 @@ def test_the_untrained_model_is_the_base_to_the_bit(name, placement):
     batch = batch_of(0, 2, 6)
     expected = base(**batch).logits
     model = add_adapters(base, 4, placement)
-    assert model is base and model.minipeft_technique == "adapters"
+    assert model is base and model.minipeft.technique == "adapters"
     out = model(**batch)
     assert torch.equal(out.logits, expected)
     out.loss.backward()
@@ -575,7 +576,7 @@ def test_a_folder_that_does_not_fit_is_refused_and_the_model_left_alone(
     before = model.state_dict().keys()
     with pytest.raises(ValueError, match=message):
         load_adapter(model, folder)
-    assert model.state_dict().keys() == before and not hasattr(model, "minipeft_technique")
+    assert model.state_dict().keys() == before and not hasattr(model, "minipeft")
     assert all(p.requires_grad for p in model.parameters())
 
 
@@ -636,12 +637,12 @@ def test_on_bert_the_papers_own_model_they_stand_before_each_residual_sum():
 
 
 def test_other_techniques_and_adapters_refuse_each_other():
-    with pytest.raises(ValueError, match="has lora already; load the base model anew"):
+    with pytest.raises(ValueError, match="has lora already; take it off with remove"):
         add_adapters(add_lora(load_base("tiny", device="cpu")[0]))
     with pytest.raises(ValueError, match="has prefix_tuning already"):
         add_adapters(METHODS["prefix"](load_base("tiny", device="cpu")[0]))
     for add in (add_lora, METHODS["prompt"]):
-        with pytest.raises(ValueError, match="has adapters already; load the base model anew"):
+        with pytest.raises(ValueError, match="has adapters already; take it off"):
             add(tuned("tiny-llama"))
     config = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
     theirs = peft.get_peft_model(load_base("tiny", device="cpu")[0], config)

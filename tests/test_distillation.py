@@ -19,7 +19,7 @@ from minipeft.distillation import (
     written_by,
 )
 from minipeft.freezing import blocks
-from minipeft.training.loop import loss_sum
+from minipeft.training.loss import loss_sum
 
 PROMPTS = ["Good?", "Was it any good at all?", "Bad?"]
 ANSWERS = [" Yes", " No, it was not", " No"]

@@ -316,7 +316,7 @@ def test_a_model_is_left_as_it_was_also_when_the_step_fails():
     with pytest.raises(ZeroDivisionError):
         measure(model, fails, seq=8)
     assert_same(before, state_of(model))
-    assert not hasattr(model, "minipeft_technique")
+    assert not hasattr(model, "minipeft")
     with pytest.raises(ValueError, match="it must return the model"):
         measure(model, lambda m: None, seq=8)
     with pytest.raises(ValueError, match="MemTracker puts a hook"):

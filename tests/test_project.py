@@ -99,7 +99,7 @@ def imported_modules(path):
     return found
 
 
-SHARED = {"freezing", "technique", "trial", "prefix_attention", "virtual_tokens", "losses"}
+SHARED = {"freezing", "lora_variants", "refusals", "technique", "virtual_tokens"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "minipeft").glob("*.py")), ids=lambda p: p.stem)

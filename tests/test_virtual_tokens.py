@@ -288,9 +288,9 @@ def test_an_adapter_of_another_base_is_refused_and_the_model_left_alone(method, 
 def test_one_technique_on_a_model(method):
     model = tuned("tiny-llama", method)
     for again in METHODS.values():
-        with pytest.raises(ValueError, match="already; load the base model anew"):
+        with pytest.raises(ValueError, match="already; take it off with remove"):
             again(model)
-    with pytest.raises(ValueError, match="already; load the base model anew"):
+    with pytest.raises(ValueError, match="already; take it off with remove"):
         add_lora(model)
     with pytest.raises(ValueError, match="LlamaForCausalLM has lora already"):
         METHODS[method](add_lora(load_base("tiny", device="cpu")[0]))

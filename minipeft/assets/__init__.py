@@ -1,5 +1,16 @@
 """Base models and data sets: fetched once, kept in a cache, loaded."""
 
-from minipeft.assets.fetch import AssetError, fetch_all, fetch_base_model
+from minipeft.assets.datasets import load_dialogues, load_instructions, load_reviews
+from minipeft.assets.fetch import AssetError
+from minipeft.assets.models import load_base
+from minipeft.assets.sources import fetch_all, fetch_base_model
 
-__all__ = ["AssetError", "fetch_all", "fetch_base_model"]
+__all__ = [
+    "AssetError",
+    "fetch_all",
+    "fetch_base_model",
+    "load_base",
+    "load_dialogues",
+    "load_instructions",
+    "load_reviews",
+]

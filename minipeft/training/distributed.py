@@ -1,7 +1,7 @@
 """The same training on several processes, the ranks, which `torchrun` starts.
 
     device = start()
-    model = share(add_lora(load_base(device=device)[0]), "ddp")      # or "fsdp"
+    model = distribute(add_lora(load_base(device=device)[0]), "ddp")      # or "fsdp"
     train(model, batches, ...)                                       # as ever
     save_adapter(model, "my_adapter")                                # on every rank
     finish()
@@ -29,6 +29,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from minipeft.freezing import blocks
 
 KINDS = ("ddp", "fsdp")
 LOST = ("connection", "timed out", "timeout", "broken pipe", "socket", "gloo", "nccl", "peer")
@@ -82,31 +84,31 @@ def finish():
     """Leave the ranks, all at the same time."""
     global _patient
     if dist.is_initialized():
-        wait()
+        barrier()
         _patient = None
         gc.collect()  # what still holds a group would end it later, where gloo aborts the process
         dist.destroy_process_group()
 
 
-def ranks():
+def world_size():
     """How many processes train together; 1 where `start` was not called."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def leads():
+def is_main_process():
     """Is this the rank that writes files and draws the progress bar?"""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def wait():
+def barrier():
     """Wait until every rank is here, if need be for hours: a rank that died is noticed at once."""
-    if ranks() > 1:
+    if world_size() > 1:
         dist.barrier(group=_patient)
 
 
-def of_first(number):
+def broadcast(number):
     """The whole number that rank 0 gives, on every rank."""
-    if ranks() == 1:
+    if world_size() == 1:
         return number
     numbers = torch.tensor(number)
     dist.broadcast(numbers, src=0, group=_patient)
@@ -114,13 +116,13 @@ def of_first(number):
 
 
 @contextmanager
-def own_noise(seed, step, device):
+def rank_seed(seed, step, device):
     """In the block torch draws what no other rank draws, such as dropout masks.
 
     It draws from `seed`, `step` and the rank, so that a resumed run draws the same again. Outside
     of the block all ranks draw alike, such as the order of the data. One process draws on as ever.
     """
-    if ranks() == 1:
+    if world_size() == 1:
         yield
         return
     devices = [device] if device.type == "cuda" else []
@@ -132,7 +134,7 @@ def own_noise(seed, step, device):
         yield
 
 
-def share(model, kind):
+def distribute(model, kind):
     """Make one model of the models of all ranks; that of rank 0 counts. Returns the model.
 
     Call it after the technique was added, and before `train`, which makes the optimiser.
@@ -153,7 +155,7 @@ def share(model, kind):
         for tensor in [*model.parameters(), *model.buffers()]:
             dist.broadcast(tensor, src=0)
     if kind == "fsdp":
-        for block in _blocks(model):
+        for block in blocks(model):
             fully_shard(block)
         # Embeddings, last norm and head: what is in no block. Torch would leave them put together
         # after a forward pass; divided again, `model.parameters()` are always the same tensors.
@@ -161,33 +163,27 @@ def share(model, kind):
     return model
 
 
-def _blocks(model):
-    """The decoder blocks: the elements of the model's one list of layers."""
-    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
-    return max(lists, key=len, default=[])
-
-
-def my_rows(batch):
+def rows_of_rank(batch):
     """(rows, share): the rows rank, rank + n, rank + 2n ... of a batch for n ranks, and 1.
 
     A rank for which none is left takes the first row, since all ranks must run the same
     collectives, and 0, by which its loss is to be multiplied.
     """
-    if ranks() == 1:
+    if world_size() == 1:
         return batch, 1
     rank = dist.get_rank()
     if len({len(tensor) for tensor in batch.values()}) > 1:
         shapes = {name: tuple(tensor.shape) for name, tensor in batch.items()}
         raise ValueError(f"A batch is divided by rows, but its tensors are {shapes}.")
-    rows = {name: tensor[rank :: ranks()] for name, tensor in batch.items()}
+    rows = {name: tensor[rank :: world_size()] for name, tensor in batch.items()}
     if all(map(len, rows.values())):
         return rows, 1
     return {name: tensor[:1] for name, tensor in batch.items()}, 0
 
 
-def total(tensor):
+def all_reduce(tensor):
     """The sum of a tensor over the ranks, the same on all of them."""
-    if ranks() > 1:
+    if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
@@ -199,11 +195,11 @@ def sum_gradients(params):
     A parameter may have no gradient on one rank, as where a layer was dropped at random there; one
     without on all ranks stays without. The ranks tell each other by gloo, so no GPU is waited for.
     """
-    if ranks() == 1:
+    if world_size() == 1:
         return
     for p in params:
         if isinstance(p, DTensor) and p.grad is not None:
-            p.grad.mul_(ranks())
+            p.grad.mul_(world_size())
     params = [p for p in params if not isinstance(p, DTensor)]
     there = torch.tensor([p.grad is not None for p in params], dtype=torch.uint8)
     if params:
@@ -214,12 +210,12 @@ def sum_gradients(params):
             dist.all_reduce(p.grad)
 
 
-def whole(tensor):
+def gather(tensor):
     """A tensor of which each rank has a part, put together on each; others as they are."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def part_of(tensor, like):
+def shard(tensor, like):
     """The inverse: divided as the tensor `like` is, on its device."""
     tensor = tensor.to(like.device)
     if not isinstance(like, DTensor):
@@ -227,6 +223,29 @@ def part_of(tensor, like):
     return distribute_tensor(tensor.to(like.dtype), like.device_mesh, like.placements)
 
 
-def lost_a_rank(error):
-    """Does a backend say by this error that another rank died or does not answer?"""
-    return ranks() > 1 and any(word in str(error).lower() for word in LOST)
+def copy_of(tensors):
+    """The same tensors on the CPU, sharing no memory with the model."""
+    return {
+        name: gather(t).detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()
+    }
+
+
+@torch.no_grad()
+def put_back(tensors, targets):
+    """Copy each saved tensor into the parameter or buffer of the same name."""
+    for name, tensor in tensors.items():
+        targets[name].copy_(shard(tensor, targets[name]))
+
+
+@contextmanager
+def lost_rank_explained():
+    """In the block an error of a backend that says another rank died becomes a ConnectionError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if world_size() > 1 and any(word in str(error).lower() for word in LOST):
+            raise ConnectionError(
+                "Another rank ended or does not answer, so this one cannot go on. Start the same "
+                "command again: with checkpoint_dir it resumes from the newest checkpoint."
+            ) from error
+        raise

@@ -87,6 +87,12 @@ def loss_sum(model, batch):
     return output.loss.to(torch.promote_types(output.loss.dtype, torch.float32)) * targets
 
 
+def zero(device):
+    """A sum to start from, on the device, in the widest type that the device has."""
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    return torch.zeros((), dtype=wide, device=device)
+
+
 def places(batch):
     """(rows, columns), each (targets,): labels[rows, columns + 1] are the targets.
 

@@ -1,295 +1,139 @@
-"""Checkpoints of a training run: safetensors and JSON only, each folder written whole.
+"""Begin a run, or go on from its newest checkpoint as if it had never stopped."""
 
-A folder `step-000123` holds everything that the next step depends on:
-model.safetensors       the trainable parameters, and the buffers of the model's state dict, but not
-                        those of a 4-bit base, which never change
-optimizer.safetensors   AdamW's two running means and step count of each trainable
-best.safetensors        the trainables of the lowest evaluation loss, unless that is this very step
-state.json              settings, history, place in the data, random states, loss scale
-
-A folder is removed only if it holds such files and nothing else.
-"""
-
-import json
 import random
-import re
-import shutil
 import zlib
-from operator import attrgetter
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import numpy
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from minipeft.adapter_files.atomic import MARK, _discard, whole_folder
-from minipeft.quantization import NF4Linear
-from minipeft.training.distributed import leads, of_first, part_of, wait, whole
+from minipeft.freezing import trainable_parameters
+from minipeft.training.checkpoint import (
+    begin_anew,
+    codes_of,
+    damaged,
+    load_tensors,
+    newest,
+    read_state,
+    refuse_names_in_the_way,
+    save_checkpoint,
+)
+from minipeft.training.distributed import barrier, copy_of, gather, is_main_process, put_back
+from minipeft.training.history import History
+from minipeft.training.random_states import random_states, set_random_states
 
-NEEDED = {"model.safetensors", "optimizer.safetensors", "state.json"}
-FILES = NEEDED | {"best.safetensors"}
-STATE = {"settings", "history", "place", "random", "scaler"}
-
-
-def trainables(model):
-    """{name: parameter} of what is trained; a tied parameter appears once."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def copy_of(tensors):
-    """The same tensors on the CPU, sharing no memory with the model."""
-    return {
-        name: whole(t).detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()
-    }
+SETTINGS = (  # arguments of `train` that must be the same when a run is resumed
+    "max_steps", "lr", "warmup_steps", "weight_decay", "accumulation", "max_grad_norm", "precision",
+    "gradient_checkpointing", "eval_every", "seed",
+)  # fmt: skip
 
 
-@torch.no_grad()
-def put_back(tensors, targets):
-    """Copy each saved tensor into the parameter or buffer of the same name."""
-    for name, tensor in tensors.items():
-        targets[name].copy_(part_of(tensor, targets[name]))
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    settings: dict
+    history: History = field(default_factory=History)
+    place: dict = field(default_factory=lambda: {"epoch": 0, "index": 0})  # of the next batch
+    states: dict = None  # random states to go on with
+    best: dict = None  # {name: tensor} with the lowest evaluation loss, on the CPU
+
+    def keep_best(self, model, done):
+        """After an evaluation: copy the trainable parameters if they are the best so far."""
+        if self.history.best_step == done:
+            self.best = copy_of(trainable_parameters(model))
+
+    def restore_best(self, model):
+        if self.history.best_step not in (None, len(self.history.train_loss)):
+            put_back(self.best, trainable_parameters(model))
+
+    def save(self, root, model, batches, stepper):
+        """Write a checkpoint of this step, in place of the older one."""
+        done = len(self.history.train_loss)
+        state = {
+            "settings": self.settings,
+            "history": vars(self.history),
+            "place": self.place,
+            "random": random_states(batches),
+            "scaler": stepper.scaler.state_dict(),
+        }
+        best = None if self.history.best_step in (None, done) else self.best
+        save_checkpoint(root, done, model, stepper.optimizer, state, best)
+
+
+def begin_or_resume(call, groups, model, batches, stepper, save_at):
+    """The Progress of a run: of its newest checkpoint, or of a new run with its seed set.
+
+    call: the arguments of `train` by name. save_at: the numbers of steps that get a checkpoint.
+    Raises ValueError for a checkpoint of another call, or a damaged one.
+    """
+    settings, folder = {}, None
+    if call["checkpoint_dir"] is not None:
+        given = [[g["lr"], g["weight_decay"], len(g["params"])] for g in groups]
+        loss_sum = call["loss_sum"]
+        settings = {name: call[name] for name in SETTINGS} | {
+            "groups": call["groups"] and given,
+            "loss_sum": getattr(loss_sum, "__qualname__", type(loss_sum).__name__),
+            "model fingerprint": fingerprint(model),
+        }
+        folder = _newest(call["checkpoint_dir"], call["resume"], settings, save_at)
+    if folder:
+        return _resumed(folder, settings, model, batches, stepper)
+    random.seed(call["seed"])
+    numpy.random.seed(call["seed"])
+    torch.manual_seed(call["seed"])
+    return Progress(settings)
 
 
 def fingerprint(model):
     """A number that changes with the names, shapes and roles of parameters, or the frozen base."""
     tensors = dict(model.named_parameters())
-    tensors |= {name: b for name, b in model.named_buffers() if id(b) in _codes(model)}
+    tensors |= {name: b for name, b in model.named_buffers() if id(b) in codes_of(model)}
     crc = 0
     for name, p in tensors.items():
         crc = zlib.crc32(f"{name} {tuple(p.shape)} {p.dtype} {p.requires_grad}".encode(), crc)
         if not p.requires_grad:
-            start = whole(p).detach().flatten()[:64].cpu()  # enough to tell two bases apart
+            start = gather(p).detach().flatten()[:64].cpu()  # enough to tell two bases apart
             crc = zlib.crc32(start.view(torch.uint8).numpy().tobytes(), crc)
     return crc
 
 
-def _generators(batches):
-    """Generators of its own that a DataLoader or its sampler draws the order from."""
-    for path in ("generator", "sampler.generator", "batch_sampler.sampler.generator"):
-        try:
-            generator = attrgetter(path)(batches)
-        except AttributeError:
-            continue
-        if isinstance(generator, torch.Generator):
-            yield path, generator
+def _newest(root, resume, settings, save_at):
+    """The checkpoint to go on from, or None. Refuses one that another call made."""
+    if not resume:
+        barrier()
+        if is_main_process():
+            begin_anew(root)
+        barrier()
+    folder = newest(root)
+    begin, last = int(folder.name[5:]) if folder else 0, settings["max_steps"]
+    refuse_names_in_the_way(root, lambda step: begin < step <= last and step in save_at)
+    if folder:
+        saved = read_state(folder)["settings"]
+        for name, value in settings.items():
+            if saved.get(name) != value:
+                raise ValueError(
+                    f"The run in {root} had {name}={saved.get(name)}, this call has "
+                    f"{name}={value}. Repeat the call as it was, take another checkpoint_dir, or "
+                    "begin anew with resume=False, which deletes the old checkpoints."
+                )
+    return folder
 
 
-def random_states(batches=None):
-    """Every random state that training may draw from, in a form that JSON keeps exactly."""
-    kind, keys, *rest = numpy.random.get_state()
-    tensors = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_initialized():  # otherwise nothing is drawn there, and it need not wake up
-        for i, state in enumerate(torch.cuda.get_rng_state_all()):
-            tensors[f"cuda:{i}"] = state
-    if torch.backends.mps.is_available():
-        tensors["mps"] = torch.mps.get_rng_state()
-    tensors |= {path: generator.get_state() for path, generator in _generators(batches)}
-    return {
-        "python": random.getstate(),
-        "numpy": [kind, keys.tolist(), *rest],
-        "tensors": {name: state.numpy().tobytes().hex() for name, state in tensors.items()},
-    }
-
-
-def set_random_states(states, batches=None):
-    """Put back what `random_states` returned; states of devices that are not here are left out."""
-    version, keys, gauss = states["python"]
-    random.setstate((version, tuple(keys), gauss))
-    numpy.random.set_state(tuple(states["numpy"]))
-    generators = dict(_generators(batches))
-    gpus = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
-    for name, text in states["tensors"].items():
-        state = torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
-        if name == "torch":
-            torch.set_rng_state(state)
-        elif name.startswith("cuda:"):
-            if int(name[5:]) < gpus:
-                torch.cuda.set_rng_state(state, name)
-        elif name == "mps":
-            if torch.backends.mps.is_available():
-                torch.mps.set_rng_state(state)
-        elif name in generators:
-            generators[name].set_state(state)
-
-
-def _codes(model):
-    """The ids of the buffers that a 4-bit base is made of."""
-    return {id(b) for m in model.modules() if isinstance(m, NF4Linear) for b in m.buffers()}
-
-
-def _model_tensors(model):
-    """{name: tensor} of all that training can change: batch norm, say, counts in buffers."""
-    kept, codes = model.state_dict(keep_vars=True), _codes(model)
-    buffers = {n: b for n, b in model.named_buffers() if n in kept and id(b) not in codes}
-    return trainables(model) | buffers
-
-
-def _number(path):
-    """The step that a name of ours gives, or None: step-000123."""
-    named = re.fullmatch(r"step-(\d{6,})", path.name)
-    return int(named[1]) if named else None
-
-
-def _state(folder):
-    """(what state.json holds, what is wrong with it or None)."""
+def _resumed(folder, settings, model, batches, stepper):
+    """Go back to a checkpoint. Raises ValueError, with the model as it was, for a damaged one."""
+    state = read_state(folder)
     try:
-        state = json.loads((folder / "state.json").read_bytes())
-    except (OSError, ValueError) as error:
-        return None, f"state.json cannot be read ({error})"
-    if not isinstance(state, dict) or not all(isinstance(state.get(key), dict) for key in STATE):
-        return state, f"state.json is no object with {', '.join(sorted(STATE))}"
-    return state, None
-
-
-def _checkpoints(root):
-    """{step: folder} of the checkpoints below `root`, and of what may be a damaged one."""
-    found = {}
-    for path in Path(root).glob("step-*"):
-        if _number(path) is None or path.is_symlink() or not path.is_dir():
-            continue
-        if NEEDED <= {inside.name for inside in path.iterdir()}:
-            state, _ = _state(path)
-            if not isinstance(state, dict) or STATE & state.keys():  # else another program's
-                found[_number(path)] = path
-    return found
-
-
-def _is_ours(folder):
-    """Does the folder hold a checkpoint and nothing else?"""
-    return {inside.name for inside in folder.iterdir()} <= FILES and _state(folder)[1] is None
-
-
-def newest(root):
-    """The checkpoint folder of the highest step below `root`, or None. Rank 0 looks for all."""
-    found = _checkpoints(root) if leads() else {}
-    step = of_first(max(found, default=-1))
-    folder = Path(root) / f"step-{step:06d}"
-    if step >= 0 and not folder.is_dir():
-        raise ValueError(f"Rank 0 goes on from {folder}; this rank needs to see the same folder.")
-    return None if step < 0 else folder
-
-
-def refuse_names_in_the_way(root, saved):
-    """Raise ValueError where what has the name of a checkpoint to come is there already.
-
-    saved: does a step get one? A function of its number.
-    """
-    root = Path(root)
-    if root.exists() and not root.is_dir():
-        raise ValueError(f"checkpoint_dir={root} is a file; give a folder, which may be new.")
-    for path in root.glob("step-*"):
-        if _number(path) is not None and saved(_number(path)):
-            raise ValueError(
-                f"{path} is no checkpoint of this run and would be in the way of one. Move it, or "
-                "take another checkpoint_dir."
-            )
-
-
-def begin_anew(root):
-    """Remove all checkpoints below `root`. Raises ValueError for a folder that may be one."""
-    for folder in _checkpoints(root).values():
-        if not _is_ours(folder):
-            raise ValueError(
-                f"{folder} is damaged or holds more than a checkpoint, so it is not removed. Move "
-                "it away, or take another checkpoint_dir."
-            )
-    discard_all_but(None, root)
-
-
-def discard_all_but(kept, root):
-    """Remove the other checkpoints below `root`, and scratch that a killed run left behind."""
-    for folder in _checkpoints(root).values():
-        if folder != kept and _is_ours(folder):
-            _discard(folder, folder)
-    for scratch in Path(root).glob(f".step-*{MARK}*"):
-        if scratch.is_dir() and not scratch.is_symlink():
-            shutil.rmtree(scratch)
-
-
-def save_checkpoint(root, step, model, optimizer, state, best=None):
-    """Write `root/step-<step>` whole, then remove the older ones."""
-    folder = Path(root) / f"step-{step:06d}"
-    names = {id(p): name for name, p in trainables(model).items()}
-    moments = {
-        f"{key}.{names[id(p)]}": tensor
-        for p, values in optimizer.state.items()
-        for key, tensor in values.items()
-    }
-    tensors, moments = copy_of(_model_tensors(model)), copy_of(moments)  # on every rank
-    if leads():
-        refuse_names_in_the_way(root, lambda number: number == step)
-        with whole_folder(folder) as scratch:
-            save_file(tensors, scratch / "model.safetensors")
-            save_file(moments, scratch / "optimizer.safetensors")
-            if best is not None:
-                save_file(best, scratch / "best.safetensors")
-            (scratch / "state.json").write_text(json.dumps(state))
-        discard_all_but(folder, root)
-    wait()
-
-
-def damaged(folder, why):
-    """The error to raise for a checkpoint that cannot be gone on from."""
-    return ValueError(
-        f"The checkpoint {folder} is damaged, or not one of this package: {why}. Move it away to "
-        "begin anew."
-    )
-
-
-def read_state(folder):
-    """The JSON part of a checkpoint. Raises ValueError if it is damaged."""
-    state, wrong = _state(folder)
-    if wrong:
-        raise damaged(folder, wrong)
-    return state
-
-
-def _load(folder, name):
-    try:
-        return load_file(folder / name)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise damaged(folder, f"{name} cannot be read ({error})") from error
-
-
-def _refuse_others(folder, name, found, expected):
-    """Raise ValueError unless the tensors of a file have the keys, shapes and types expected."""
-    for key in sorted(found.keys() ^ expected.keys()):
-        wrong = "is missing from" if key in expected else "is not expected in"
-        raise damaged(folder, f"{key} {wrong} {name}")
-    for key, tensor in found.items():
-        there, here = ((t.dtype, tuple(t.shape)) for t in (tensor, expected[key]))
-        if there != here:
-            raise damaged(folder, f"{key} in {name} is {there}, but the model's is {here}")
-        if tensor.isnan().any():
-            raise damaged(folder, f"{key} in {name} holds NaN")
-
-
-def load_tensors(folder, model, optimizer, best_is_apart):
-    """Put model and optimiser back into the state of `folder`; return the best trainables.
-
-    best_is_apart: were the best trainables not those of this step?
-    Raises ValueError, with the model as it was, if a file is damaged.
-    """
-    params, targets = trainables(model), _model_tensors(model)
-    tensors = _load(folder, "model.safetensors")
-    _refuse_others(folder, "model.safetensors", tensors, targets)
-    moments = _load(folder, "optimizer.safetensors")
-    trained = [name for name in params if f"step.{name}" in moments]  # of the others came no grad
-    expected = {f"{key}.{n}": params[n] for n in trained for key in ("exp_avg", "exp_avg_sq")}
-    expected |= {f"step.{n}": torch.tensor(0.0) for n in trained}
-    _refuse_others(folder, "optimizer.safetensors", moments, expected)
-    best = None
-    if best_is_apart:
-        best = _load(folder, "best.safetensors")
-        _refuse_others(folder, "best.safetensors", best, params)
-    put_back(tensors, targets)
-    for key, tensor in moments.items():
-        key, name = key.split(".", 1)
-        p = params[name]
-        if key == "step":  # the fused kernel wants it beside the parameter
-            optimizer.state[p][key] = tensor.to(p.device) if optimizer.defaults["fused"] else tensor
-        else:
-            optimizer.state[p][key] = torch.zeros_like(p)  # with its strides
-            put_back({name: tensor}, {name: optimizer.state[p][key]})
-    return copy_of(params) if best is None else best
+        history, place, states = History(**state["history"]), state["place"], state["random"]
+        steps, evaluations = int(folder.name[5:]), len(history.eval_step)
+        lengths = [len(values) for values in vars(history).values()]
+        if lengths != [steps] * 3 + [evaluations] * 2 or place["epoch"] < 0 or place["index"] < 0:
+            raise ValueError(f"its lists have {lengths} entries after {steps} steps")
+        stepper.scaler.load_state_dict(state["scaler"])
+        for drawn in (place["epoch_start"], states):
+            set_random_states(drawn, batches)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        raise damaged(folder, f"state.json does not hold what it should ({e})") from e
+    apart = history.best_step not in (None, steps)
+    best = load_tensors(folder, model, stepper.optimizer, apart)
+    return Progress(settings, history, place, states, best)

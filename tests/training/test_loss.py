@@ -6,7 +6,7 @@ import transformers as hf
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
 from minipeft import add_lora, evaluate, train
-from minipeft.training.loop import trainables
+from minipeft.freezing import trainable_parameters
 from minipeft.training.loss import KINDS, count_targets, kind_of, loss_sum
 
 BERT = {
@@ -255,7 +255,7 @@ BAD = [
 @pytest.mark.parametrize(("name", "wrong", "words"), BAD)
 def test_what_does_not_fit_gets_one_sentence(name, wrong, words):
     model, batch = build(name), batch_for(name) | wrong
-    before = {n: p.detach().clone() for n, p in trainables(model).items()}
+    before = {n: p.detach().clone() for n, p in trainable_parameters(model).items()}
     problem = getattr(model.config, "problem_type", None)
     for call in (
         lambda: evaluate(model, [batch]),
@@ -263,7 +263,7 @@ def test_what_does_not_fit_gets_one_sentence(name, wrong, words):
     ):
         with pytest.raises(ValueError, match=words):
             call()
-    assert all(torch.equal(p, before[n]) for n, p in trainables(model).items())
+    assert all(torch.equal(p, before[n]) for n, p in trainable_parameters(model).items())
     assert getattr(model.config, "problem_type", None) == problem
 
 

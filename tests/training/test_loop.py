@@ -30,15 +30,10 @@ from transformers import (
 
 from minipeft import Collator, add_lora, distil_from, load_base
 from minipeft.quantization import NF4Linear, quantize_base
-from minipeft.training.loop import (
-    READ_EVERY,
-    History,
-    decay_groups,
-    evaluate,
-    learning_rate,
-    loss_sum,
-    train,
-)
+from minipeft.training.history import History
+from minipeft.training.loop import READ_EVERY, evaluate, train
+from minipeft.training.loss import loss_sum
+from minipeft.training.optimizer import decay_groups, learning_rate
 
 WIDE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 40}
 CONFIGS = {
@@ -286,7 +281,8 @@ def test_another_loss_is_summed_divided_and_resumed_like_the_default(tmp_path):
 KILLED = """
 import sys, torch
 from transformers import GPT2Config, GPT2LMHeadModel
-from minipeft.training.loop import train, trainables
+from minipeft.freezing import trainable_parameters
+from minipeft.training.loop import train
 torch.manual_seed(5)
 config = GPT2Config(n_embd=16, n_layer=2, n_head=4, vocab_size=40, n_positions=32)  # dropout 0.1
 model = GPT2LMHeadModel(config)
@@ -295,7 +291,7 @@ rows = [dict(input_ids=r, labels=r, attention_mask=torch.ones_like(r)) for r in 
 loader = torch.utils.data.DataLoader(rows, batch_size=2, shuffle=True)
 h = train(model, loader, max_steps=60, lr=1e-2, accumulation=2, eval_batches=loader, eval_every=7,
           checkpoint_dir=sys.argv[1], save_every=1, progress=False)
-weights = float(sum(p.double().abs().sum() for p in trainables(model).values()))
+weights = float(sum(p.double().abs().sum() for p in trainable_parameters(model).values()))
 print(h.to_json() + "|" + repr(weights))
 """
 
@@ -357,7 +353,7 @@ def test_a_run_with_groups_resumes_and_refuses_other_groups(tmp_path, monkeypatc
     straight = build()
     expected = run(straight, groups=groups_of(straight))
     model, again = build(), build()
-    import minipeft.training.loop as training
+    import minipeft.training.resume as training
 
     real, steps = training.save_checkpoint, []
 

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import errno
-import importlib
 import json
 import multiprocessing
 import os
@@ -26,13 +25,14 @@ from minipeft import (
     add_p_tuning_v2,
     add_prefix_tuning,
     add_prompt_tuning,
-    checkpoints,
     load_adapter,
     load_base,
     merge_lora,
     save_adapter,
     unfreeze,
 )
+from minipeft.adapter_files import pair
+from minipeft.adapter_files.folder import ABOUT, READERS, WRITERS, _refuse_foreign
 from minipeft.freezing import only_head
 from minipeft.lora import LoRALinear
 
@@ -247,27 +247,16 @@ def test_a_full_disk_leaves_the_old_adapter(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "save_file", full)
+    monkeypatch.setattr(pair, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         save_adapter(tuned(seed=1), folder)
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
     assert torch.equal(load_adapter(base(), folder)(IDS).logits, first(IDS).logits)
 
 
-def test_each_type_names_a_technique_that_writes_it():
-    for kind, name in checkpoints.TECHNIQUES.items():
-        technique = importlib.import_module(f"minipeft.{name}")
-        own = (technique.PEFT_TYPE, getattr(technique, "TEMPLATE", None))
-        assert kind in own or kind.removeprefix("MINIPEFT_") in own
-
-
-def test_loading_imports_its_technique_only(tmp_path, monkeypatch):
-    folder = save_adapter(add_prompt_tuning(base(), 3), tmp_path / "a")
-    asked = []
-    real = importlib.import_module
-    monkeypatch.setattr(importlib, "import_module", lambda name: asked.append(name) or real(name))
-    load_adapter(base(), folder)
-    assert asked == ["minipeft.prompt_tuning"]
+def test_what_a_technique_writes_is_read():
+    for peft_type, _, prefix in WRITERS.values():
+        assert READERS[peft_type][-1] == prefix
 
 
 # ---- load only reads, and a reader finds a pair that belongs together ---------------------------
@@ -349,7 +338,7 @@ def total(state):
 
 
 def our_pair(folder):
-    config, state = checkpoints._read(folder)
+    config, state = pair.read_pair(folder)
     return config["lora_alpha"], total(state)
 
 
@@ -369,7 +358,7 @@ def save_and_die(model, folder, step):
 
     for name in ("mkdir", "rename", "replace", "fsync", "unlink", "rmdir", "chmod"):
         setattr(os, name, deadly(getattr(os, name)))
-    checkpoints.save_file = deadly(checkpoints.save_file)
+    pair.save_file = deadly(pair.save_file)
     Path.write_text = deadly(Path.write_text)
     save_adapter(model, folder)
     os._exit(0)
@@ -464,7 +453,7 @@ def write_in_turn(folder, models, stop):
 @pytest.mark.skipif(sys.platform != "linux", reason="needs fork")
 def test_a_reader_beside_a_writer_sees_no_mixture(tmp_path):
     models = [tuned(seed=0, alpha=3), tuned(seed=1, alpha=5)]
-    pairs = [our_pair(save_adapter(m, tmp_path / str(m.lora_config["lora_alpha"]))) for m in models]
+    pairs = [our_pair(save_adapter(m, tmp_path / str(m.lora_config["alpha"]))) for m in models]
     folder = save_adapter(models[0], tmp_path / "adapter")
     fork = multiprocessing.get_context("fork")
     stop = fork.Event()
@@ -542,10 +531,7 @@ def test_what_was_unfrozen_beside_is_saved_and_read_by_both_libraries(
     tied = model.lm_head.weight is model.model.embed_tokens.weight
     assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
     second = save_adapter(again, tmp_path / "again")
-    assert (
-        load_file(second / checkpoints.TENSORS).keys()
-        == load_file(folder / checkpoints.TENSORS).keys()
-    )
+    assert load_file(second / pair.TENSORS).keys() == load_file(folder / pair.TENSORS).keys()
     # Before a soft prompt HF peft looks up the frozen embeddings whatever the folder says.
     passed_by = method in ("prompt", "p_tuning") and (tied and extra == "lm_head" or "emb" in extra)
     if method in OURS or passed_by:
@@ -790,30 +776,30 @@ FOREIGN = {
     peft.PromptEncoderConfig: set(),
 }  # fmt: skip
 KINDS = {
-    peft.LoraConfig: "lora",
-    peft.PrefixTuningConfig: "prefix_tuning",
-    peft.PromptTuningConfig: "prompt_tuning",
-    peft.PromptEncoderConfig: "p_tuning",
+    peft.LoraConfig: "LORA",
+    peft.PrefixTuningConfig: "PREFIX_TUNING",
+    peft.PromptTuningConfig: "PROMPT_TUNING",
+    peft.PromptEncoderConfig: "P_TUNING",
 }
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_every_field_of_the_installed_hf_peft_is_understood_or_refused(kind):
-    reads = importlib.import_module(f"minipeft.{KINDS[kind]}").READS
+    _, reads, _ = READERS[KINDS[kind]]
     fields = {field.name for field in dataclasses.fields(kind)}
-    known = set(checkpoints.ABOUT) | set(reads) - {"placeholder_id"}
+    known = set(ABOUT) | set(reads) - {"placeholder_id"}
     assert fields - known == FOREIGN[kind]
-    assert known - set(checkpoints.ABOUT) <= fields, "nothing is listed that peft does not have"
+    assert known - set(ABOUT) <= fields, "nothing is listed that peft does not have"
     plain = json.loads(json.dumps(kind().to_dict(), default=str))
-    checkpoints._refuse_foreign(plain, reads)  # peft's defaults pass
+    _refuse_foreign(plain, reads)  # peft's defaults pass
     for name in FOREIGN[kind]:
         for value in (True, 1, [3], {"a": 1}, "on"):
             with pytest.raises(ValueError, match=f"uses {name}="):
-                checkpoints._refuse_foreign(plain | {name: value}, reads)
+                _refuse_foreign(plain | {name: value}, reads)
     for off in (None, False, 0, "", [], {}):
-        checkpoints._refuse_foreign(plain | {"from_the_future": off}, reads)
+        _refuse_foreign(plain | {"from_the_future": off}, reads)
     with pytest.raises(ValueError, match="uses from_the_future='on'"):
-        checkpoints._refuse_foreign(plain | {"from_the_future": "on"}, reads)
+        _refuse_foreign(plain | {"from_the_future": "on"}, reads)
 
 
 @pytest.mark.parametrize(
@@ -938,7 +924,7 @@ def test_weights_of_the_base_in_the_file_must_be_ours(tmp_path):
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     other = peft.get_peft_model(base(), config, autocast_adapter_dtype=False).double().eval()
     shake(other).save_pretrained(tmp_path, save_embedding_layers=True)
-    assert any("embed_tokens.weight" in key for key in load_file(tmp_path / checkpoints.TENSORS))
+    assert any("embed_tokens.weight" in key for key in load_file(tmp_path / pair.TENSORS))
     assert close(load_adapter(base(), tmp_path)(IDS).logits, other(IDS).logits)
     changed = base()
     changed.model.embed_tokens.weight.data[7] *= 1.5

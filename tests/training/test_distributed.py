@@ -14,8 +14,16 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from minipeft import add_lora, count_parameters, load_adapter, load_base
-from minipeft.training.distributed import finish, leads, my_rows, ranks, share, start, total
-from minipeft.training.resume import newest
+from minipeft.training.checkpoint import newest
+from minipeft.training.distributed import (
+    all_reduce,
+    distribute,
+    finish,
+    is_main_process,
+    rows_of_rank,
+    start,
+    world_size,
+)
 
 SCRIPT = Path(__file__).parent / "scripts" / "ranks.py"
 QUIET = {"OMP_NUM_THREADS": "1", "TORCHELASTIC_ERROR_FILE": ""}
@@ -207,12 +215,17 @@ def test_a_model_on_the_cpu_is_not_shared_over_nccl(monkeypatch):
     monkeypatch.setattr("minipeft.training.distributed._patient", object())
     monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
     with pytest.raises(ValueError, match="The model is on cpu, but these ranks talk over NCCL"):
-        share(load_base("tiny", device="cpu")[0], "ddp")
+        distribute(load_base("tiny", device="cpu")[0], "ddp")
 
 
 def test_one_process_needs_none_of_it():
     batch, number = {"labels": torch.zeros(3, 2)}, torch.tensor(2.5)
-    assert ranks() == 1 and leads() and my_rows(batch) == (batch, 1) and total(number) == 2.5
+    assert (
+        world_size() == 1
+        and is_main_process()
+        and rows_of_rank(batch) == (batch, 1)
+        and all_reduce(number) == 2.5
+    )
     finish()
 
 
@@ -221,17 +234,17 @@ def test_rows_are_shared_out(monkeypatch):
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
     batch = {"input_ids": torch.arange(6).view(3, 2), "labels": torch.tensor([7, 8, 9])}
-    rows, share_ = my_rows(batch)
+    rows, share_ = rows_of_rank(batch)
     assert share_ == 1 and rows["labels"].tolist() == [8] and rows["input_ids"].tolist() == [[2, 3]]
     one = {name: tensor[:1] for name, tensor in batch.items()}
-    rows, share_ = my_rows(one)  # none is left: the first, which counts nothing
+    rows, share_ = rows_of_rank(one)  # none is left: the first, which counts nothing
     assert share_ == 0 and rows["labels"].tolist() == [7]
     with pytest.raises(ValueError, match="A batch is divided by rows, but its tensors are"):
-        my_rows(batch | {"labels": torch.zeros(2)})
+        rows_of_rank(batch | {"labels": torch.zeros(2)})
 
 
 def test_a_rank_that_does_not_see_the_checkpoint_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr("minipeft.training.resume.of_first", lambda number: 6)
+    monkeypatch.setattr("minipeft.training.checkpoint.broadcast", lambda number: 6)
     with pytest.raises(ValueError, match="Rank 0 goes on from .*step-000006; this rank needs to"):
         newest(tmp_path)
 
@@ -242,6 +255,6 @@ def test_bad_input_is_refused_in_one_sentence(monkeypatch):
         start()
     model, _ = load_base("tiny", device="cpu")
     with pytest.raises(ValueError, match="kind='zero' is none of ddp, fsdp"):
-        share(model, "zero")
+        distribute(model, "zero")
     with pytest.raises(ValueError, match=r"Call minipeft.training.distributed.start\(\) first"):
-        share(model, "ddp")
+        distribute(model, "ddp")

@@ -11,16 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minipeft import Collator, History, add_lora, encode, load_base, train
+from minipeft.freezing import trainable_parameters
 from minipeft.quantization import quantize_base
-from minipeft.training.resume import (
-    discard_all_but,
-    fingerprint,
-    newest,
-    random_states,
-    read_state,
-    set_random_states,
-    trainables,
-)
+from minipeft.training.checkpoint import discard_all_but, newest, read_state
+from minipeft.training.random_states import random_states, set_random_states
+from minipeft.training.resume import fingerprint
 
 
 def draw(generator=None):
@@ -308,7 +303,7 @@ def in_4_bits(seed, directory):
 def test_a_4_bit_base_is_not_written_but_told_apart(tmp_path):
     history, model = in_4_bits(0, tmp_path)
     kept = load_file(tmp_path / "step-000002" / "model.safetensors")
-    assert kept.keys() == dict(trainables(model)).keys()
+    assert kept.keys() == dict(trainable_parameters(model)).keys()
     again, same = in_4_bits(0, tmp_path)
     assert again == history
     assert all(torch.equal(t, same.state_dict()[n]) for n, t in model.state_dict().items())

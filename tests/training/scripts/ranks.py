@@ -22,16 +22,16 @@ from torch.distributed import distributed_c10d as c10d
 
 from minipeft import Collator, add_lora, encode, load_base, save_adapter, train
 from minipeft.training.distributed import (
+    barrier,
+    distribute,
     finish,
-    leads,
-    ranks,
-    share,
+    gather,
+    is_main_process,
     start,
     sum_gradients,
-    wait,
-    whole,
+    world_size,
 )
-from minipeft.training.loop import loss_sum
+from minipeft.training.loss import loss_sum
 
 PAIRS = [
     ("One", " two three"),
@@ -84,7 +84,7 @@ def run(kind, method, folder, checkpoint_dir=None, crash=None):
     if method == "lora":
         add_lora(model, r=4)
     if kind != "ALONE":
-        share(model, kind)
+        distribute(model, kind)
     rows = Crashing(batches(tokenizer))
     rows.at = crash
     history = train(
@@ -101,12 +101,12 @@ def run(kind, method, folder, checkpoint_dir=None, crash=None):
         save_every=1,
         progress=False,
     )
-    weights = {n: whole(p).detach().clone() for n, p in model.named_parameters()}
+    weights = {n: gather(p).detach().clone() for n, p in model.named_parameters()}
     name = f"{kind}-{method}"
     if method == "lora":
         save_adapter(model, folder / f"{name}-adapter")
-    report = vars(history) | {"held": held(model), "ranks": ranks()}
-    if leads():
+    report = vars(history) | {"held": held(model), "ranks": world_size()}
+    if is_main_process():
         # A tied head is one parameter, so no two names share memory here.
         save_file(weights, folder / f"{name}.safetensors")
         (folder / f"{name}.json").write_text(json.dumps(report))
@@ -130,7 +130,7 @@ def drawn(folder, at=None, **options):
     model, tokenizer = load_base("tiny", device="cpu")
     torch.manual_seed(0)
     add_lora(model, r=4, dropout=0.5)
-    share(model, "ddp")
+    distribute(model, "ddp")
     rows, draws, pad = [], [], Collator(tokenizer.pad_token_id)
 
     def collate(some):
@@ -170,13 +170,17 @@ def apart(folder, started):
     report["broken"] = drawn(folder / "resumed", at=4)
     report["resumed"] = drawn(folder / "resumed")
     # A foreign folder, and scratch of a killed run, which one rank alone may touch.
-    if leads():
+    if is_main_process():
         shutil.copytree(
             folder / "resumed" / "step-000006", folder / "resumed" / ".step-3-minipeft-"
         )
-    wait()
+    barrier()
     nobody = mock.Mock(side_effect=AssertionError("rank 1 touched the files"))
-    names = [] if leads() else ["os.rename", "os.mkdir", "os.rmdir", "os.unlink", "shutil.rmtree"]
+    names = (
+        []
+        if is_main_process()
+        else ["os.rename", "os.mkdir", "os.rmdir", "os.unlink", "shutil.rmtree"]
+    )
     patches = [mock.patch(name, nobody) for name in names]
     for patch in patches:
         patch.start()
@@ -184,9 +188,9 @@ def apart(folder, started):
     for patch in patches:
         patch.stop()
     c10d._set_pg_timeout(timedelta(seconds=2), c10d.GroupMember.WORLD)  # of a step
-    if leads():
+    if is_main_process():
         time.sleep(3)  # rank 0 writes for longer than that
-    wait()
+    barrier()
     report["files"] = sorted(path.name for path in (folder / "resumed").iterdir())
     (folder / f"rank-{rank}.json").write_text(json.dumps(report))
 

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from minipeft import assets
-from minipeft.assets.fetch import AssetError, load_instructions
+from minipeft.assets import AssetError, datasets, fetch, fetch_base_model, load_instructions
 
-DATA = Path(__file__).resolve().parents[1] / "data"
+DATA = Path(__file__).resolve().parents[2] / "data"
 FILES = {"english": "instructions_en.jsonl", "chinese": "instructions_zh.jsonl"}
 ROWS = {
     language: [json.loads(line) for line in (DATA / name).read_text("utf-8").splitlines()]
@@ -406,7 +405,7 @@ def test_the_splits_do_not_depend_on_chance_or_the_order_of_the_file(
     assert all(before[name].to_dict() == again[name].to_dict() for name in before)
     lines = (DATA / FILES[language]).read_text("utf-8").splitlines(keepends=True)
     (tmp_path / FILES[language]).write_text("".join(reversed(lines)), "utf-8")
-    monkeypatch.setattr(assets, "INSTRUCTION_FOLDER", tmp_path)
+    monkeypatch.setattr(datasets, "INSTRUCTION_FOLDER", tmp_path)
     for name, part in load_instructions(language).items():
         assert set(part["prompt"]) == set(before[name]["prompt"])
 
@@ -429,7 +428,7 @@ def test_the_data_card_measures_the_tokens_right():
 
     from minipeft import encode
 
-    tokenizer = AutoTokenizer.from_pretrained(assets.fetch_base_model())
+    tokenizer = AutoTokenizer.from_pretrained(fetch_base_model())
     longest, per_character = [], []
     for language in FILES:
         rows = [row for part in load_instructions(language).values() for row in part]
@@ -446,7 +445,7 @@ def test_the_data_card_measures_the_tokens_right():
 def test_found_from_any_folder_without_cache_or_network(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MINIPEFT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(assets.subprocess, "run", None)
+    monkeypatch.setattr(fetch.subprocess, "run", None)
     from minipeft import load_instructions as exported
 
     assert exported is load_instructions
@@ -455,7 +454,7 @@ def test_found_from_any_folder_without_cache_or_network(tmp_path, monkeypatch):
 
 
 def test_without_the_repository_there_is_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(assets, "INSTRUCTION_FOLDER", tmp_path)
+    monkeypatch.setattr(datasets, "INSTRUCTION_FOLDER", tmp_path)
     for language in FILES:
         with pytest.raises(AssetError, match="come with the repository") as caught:
             load_instructions(language)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -72,14 +73,14 @@ def test_killed_between_any_two_steps(tmp_path, old):
     assert "new" in seen and ("old" in seen) == old
 
 
-# The victim reads files.py alone: importing all of minipeft would take seconds each time.
+# The victim reads atomic.py alone: importing all of minipeft would take seconds each time.
+ATOMIC = Path(__file__).parents[2] / "minipeft" / "adapter_files" / "atomic.py"
 LOAD_FILES = (
     "import importlib.util as u\n"
-    "s = u.spec_from_file_location('files', "
-    f"{os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'minipeft')!r}"
-    " + '/files.py')\n"
-    "files = u.module_from_spec(s); sys.modules['files'] = files; s.loader.exec_module(files)\n"
-    "from files"
+    f"s = u.spec_from_file_location('atomic', {str(ATOMIC)!r})\n"
+    "atomic = u.module_from_spec(s); sys.modules['atomic'] = atomic\n"
+    "s.loader.exec_module(atomic)\n"
+    "from atomic"
 )
 
 

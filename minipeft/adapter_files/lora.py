@@ -1,0 +1,194 @@
+"""LoRA and DoRA in the folder format of HF peft."""
+
+import re
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from minipeft.lora import lora_layer
+from minipeft.refusals import refuse_other_shapes, require
+from minipeft.technique.layers import (
+    KINDS,
+    check_settings,
+    lora_layers,
+    matrix,
+    put_lora,
+    without_heads,
+)
+from minipeft.technique.on_model import adding, refuse_tuned
+from minipeft.technique.unchanged import unchanged
+
+# What of peft's LoraConfig is understood: None where this module looks itself, or where the value
+# only concerns the start or the run; else the values with which the arithmetic is that of lora.py.
+READS = dict.fromkeys([
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
+    "fan_in_fan_out", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "qalora_group_size", "megatron_core", "runtime_config",
+]) | {
+    "bias": ("none",),
+    # PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA have changed the base; MiCA does not train B.
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
+}  # fmt: skip
+# With these some layers of a fitting name have no LoRA; the tensors tell which have.
+NARROWING = ("exclude_modules", "layers_to_transform")
+PATTERNS = ("rank_pattern", "alpha_pattern")  # ranks and alphas of their own for some layers
+
+
+def _keys(name, base, dora):
+    """{name of the parameter: its name in HF peft's file}"""
+    form = "lora_embedding_{}" if isinstance(base, nn.Embedding) else "lora_{}.weight"
+    keys = {f"lora_{letter}": form.format(letter) for letter in "AB"}
+    keys |= {"lora_magnitude": "lora_magnitude_vector"} if dora else {}
+    return {own: f"base_model.model.{name}.{key}" for own, key in keys.items()}
+
+
+def to_peft(model):
+    """(adapter_config, {key: tensor}) as HF peft writes them."""
+    layers, settings = lora_layers(model), model.lora_config
+    alpha = settings["alpha"]
+    config = {
+        "r": settings["r"],
+        "lora_alpha": alpha if isinstance(alpha, int) else float(alpha),  # as JSON has them
+        "lora_dropout": float(settings["dropout"]),
+        "use_rslora": settings["scaling"] == "rslora",
+        "use_dora": settings["dora"],
+        "target_modules": settings["targets"],
+        "bias": "none",
+        "fan_in_fan_out": any(isinstance(layer.base, Conv1D) for layer in layers.values()),
+    } | {key: settings[key] for key in PATTERNS if key in settings}
+    state = {
+        key: getattr(layer, own)
+        for name, layer in layers.items()
+        for own, key in _keys(name, layer.base, settings["dora"]).items()
+    }
+    return config, state
+
+
+def from_peft(model, config, state):
+    """Add the LoRA of an adapter_config and its tensors to `model`; all or nothing.
+
+    Raises ValueError if they do not fit the model, or a setting is of the wrong type.
+    """
+    refuse_tuned(model)
+    settings = _settings(config)
+    state = _without_base(model, {_plain(key): tensor for key, tensor in state.items()})
+    layers, sizes, expected = _chosen(model, config, state), {}, {}
+    for name, layer in layers:
+        r = _by_pattern(config, "rank_pattern", name, settings["r"])
+        alpha = _by_pattern(config, "alpha_pattern", name, settings["alpha"])
+        sizes[name] = settings | {"r": r, "alpha": alpha}
+        check_settings(**sizes[name])
+        rows, columns = matrix(layer).shape
+        shapes = {"lora_A": (r, columns), "lora_B": (rows, r), "lora_magnitude": (rows,)}
+        keys = _keys(name, layer, settings["dora"])
+        expected |= {key: shapes[own] for own, key in keys.items()}
+    refuse_other_shapes(state, expected)
+    with adding(model, "lora"), unchanged(model):
+        put_lora(model, layers, lambda name, layer: lora_layer(layer, **sizes[name]))
+        model.lora_config = settings | {"targets": _targets(config, layers)}
+        model.lora_config |= {key: config[key] for key in PATTERNS if config.get(key)}
+    with torch.no_grad():
+        for name, layer in lora_layers(model).items():
+            for own, key in _keys(name, layer.base, settings["dora"]).items():
+                getattr(layer, own).copy_(state[key])
+    return model
+
+
+def _settings(config):
+    """What an adapter_config says in the words of `add_lora`. What it leaves out is peft's default.
+
+    Raises ValueError for a setting of the wrong type, or out of range.
+    """
+    rslora = config.get("use_rslora") or False
+    require(isinstance(rslora, bool), f"use_rslora={rslora!r} is neither true nor false.")
+    settings = {
+        "r": config.get("r", 8),
+        "alpha": config.get("lora_alpha", 8),
+        "dropout": config.get("lora_dropout", 0.0),
+        "scaling": "rslora" if rslora else "alpha/r",
+        "dora": config.get("use_dora") or False,
+    }
+    check_settings(**settings)
+    return settings
+
+
+def _targets(config, layers):
+    """target_modules of a folder, or the full names of layers that no list of endings picks."""
+    if isinstance(config["target_modules"], str) or _given(config, *NARROWING):
+        return [name for name, _ in layers]
+    return config["target_modules"]
+
+
+def _plain(key):
+    """A key of peft without the name of its adapter, which some tools leave in."""
+    key = re.sub(r"\.(lora_\w+)\.default(?=\.|$)", r".\1", key)
+    return key.removesuffix(".weight") if "lora_magnitude_vector" in key else key
+
+
+def _without_base(model, state):
+    """Of an embedding or a head peft may write the frozen weight as well: it must be ours."""
+    parameters, rest = dict(model.named_parameters(remove_duplicate=False)), {}
+    for key, theirs in state.items():
+        ours = parameters.get(key.removeprefix("base_model.model.").replace(".base_layer.", "."))
+        if ours is None:
+            rest[key] = theirs
+            continue
+        require(
+            theirs.shape == ours.shape
+            and torch.allclose(theirs.to(ours), ours, rtol=0.01, atol=1e-7),
+            f"The adapter was made for another base model: {key} differs.",
+        )
+    return rest
+
+
+def _given(config, *keys):
+    return any(config.get(key) not in (None, [], "") for key in keys)
+
+
+def _every(config):
+    targets = config.get("target_modules")
+    return isinstance(targets, str) and targets.lower() == "all-linear"
+
+
+def _chosen(model, config, state):
+    """[(name, layer)] of the layers that the adapter is for. As in peft, target_modules may name
+    layers that this model does not have."""
+    targets = config.get("target_modules")
+    names = [targets] if isinstance(targets, str) else targets
+    require(
+        isinstance(names, list) and all(isinstance(name, str) and name for name in names),
+        f"target_modules={targets!r} is neither a pattern nor a list of names.",
+    )
+    present = [(name, m) for name, m in model.named_modules() if isinstance(m, KINDS)]
+    found = [(name, m) for name, m in present if _every(config) or _fits(targets, name)]
+    found = without_heads(model, found)
+    if _every(config) or _given(config, *NARROWING, "modules_to_save"):
+        found = [(name, m) for name, m in found if _keys(name, m, False)["lora_A"] in state]
+    kinds = sorted({name.rpartition(".")[2] for name, _ in present})
+    require(
+        found,
+        f"{type(model).__name__} has no layer named {targets!r} that the adapter is for; it has "
+        f"{', '.join(kinds)}.",
+    )
+    return found
+
+
+def _fits(pattern, name):
+    """Does a name match a regular expression, or end in one of a list of endings?"""
+    if not isinstance(pattern, str):
+        return any(f".{name}".endswith(f".{ending}") for ending in pattern)
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise ValueError(f"{pattern!r} of the adapter is no pattern ({error}).") from error
+
+
+def _by_pattern(config, key, name, default):
+    """What rank_pattern or alpha_pattern says of a layer: the value of the first that fits."""
+    patterns = config.get(key) or {}
+    require(
+        isinstance(patterns, dict), f"{key}={patterns!r} is no mapping from patterns to numbers."
+    )
+    return next((v for p, v in patterns.items() if _fits(rf"(.*\.)?({p})", name)), default)

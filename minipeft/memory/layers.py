@@ -1,0 +1,242 @@
+"""What each layer does, in the operations of a `Graph`: blocks of transformers, layers of minipeft.
+
+The blocks follow the forward functions of transformers 5 line by line. For a GPT-like block at
+16 bits with dropout they give s b h (34 + 5 a s / h) bytes (Korthikanti et al. 2022, "Reducing
+Activation Recomputation in Large Transformer Models", section 4.1).
+"""
+
+from functools import singledispatch
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from minipeft.adapters import Adapter
+from minipeft.lora import LoRALinear
+from minipeft.memory.graph import OUTPUT, Value
+from minipeft.memory.virtual_tokens import begin_block, fill_cache, in_front, with_prefix
+from minipeft.quantization import NF4Linear
+
+# ---- linear layers, and what techniques put in their place --------------------------------------
+
+
+def apply(graph, module, x, out, name):
+    """Record `module(x)` under `name`. x: (..., in). out: the symbol of the output features.
+
+    Raises ValueError for a module that has no rule in `forward`.
+    """
+    outer, graph.where = graph.where, f"{graph.where} {name}".strip()
+    y = forward(module, graph, x, out)
+    graph.where = outer
+    return y
+
+
+@singledispatch
+def forward(module, graph, x, out):
+    """Record the forward of a module, by its type. Returns the output, (..., out)."""
+    raise ValueError(
+        f"memory.estimate has no formula for the {type(module).__name__} at {graph.where}; "
+        "memory.measure needs none."
+    )
+
+
+@forward.register(nn.Linear)
+@forward.register(Conv1D)
+def _(module, graph, x, out):
+    return graph.linear(x, module.weight, out, module.bias, "input")
+
+
+@forward.register
+def _(module: NF4Linear, graph, x, out):
+    return graph.linear_in_4_bits(x, module.weight_count, module.bias, out)
+
+
+@forward.register
+def _(module: LoRALinear, graph, x, out):
+    if isinstance(module.base, nn.Embedding):
+        raise ValueError(
+            "memory.estimate has no formula for LoRA on embeddings; memory.measure needs none."
+        )
+    h = apply(graph, module.base, x, out, "")
+    x = graph.dropout(x, module.dropout)
+    z = graph.cast(x, module.lora_A.dtype.itemsize)
+    z = graph.scale(graph.linear(z, module.lora_A, str(len(module.lora_A)), name="lora_A input"))
+    y = graph.linear(z, module.lora_B, out, name="lora_B input")
+    y = graph.cast(graph.add(h, y), h.width)
+    if module.lora_magnitude is None:
+        return y
+    m = module.lora_magnitude
+    v = y if module.base.bias is None else graph.node("minus bias", [y], y.shape, y.width)
+    if module.dropout:
+        v = graph.add(v, graph.add(apply(graph, module.base, x, out, ""), h))
+    v = graph.node("magnitude's input", [v], v.shape, max(v.width, m.dtype.itemsize), [v], [m])
+    return graph.cast(graph.add(y, v), h.width)
+
+
+@forward.register
+def _(module: Adapter, graph, x, out):
+    h = apply(graph, module.base, x, out, "")
+    down, up = module.down, module.up
+    z, m = graph.cast(h, down.weight.dtype.itemsize), str(down.out_features)
+    z = graph.linear(z, down.weight, m, down.bias, name="down input")
+    z = graph.activation(z, module.activation)
+    z = graph.linear(z, up.weight, out, up.bias, name="up input")
+    return graph.cast(graph.add(h, z), h.width)
+
+
+# ---- embeddings and loss ------------------------------------------------------------------------
+
+
+def embed(graph, module, shape, require_grad=False):
+    """Rows of an embedding table. Saves the token ids, which are counted as inputs.
+
+    require_grad: under checkpointing transformers makes the embedded tokens require a gradient
+    even if the table is frozen, which keeps them alive.
+    """
+    if isinstance(module, LoRALinear):
+        return forward(module, graph, None, shape)
+    x = graph.node("embedding", [], shape, module.weight.dtype.itemsize, [], [module.weight])
+    if require_grad and graph.checkpointing and not x.grad:
+        x.grad = True
+        graph.nodes[-1].saved.append(x)
+    return x
+
+
+def embed_text(graph, model, module):
+    """The embedded text, with the vectors of virtual tokens in front if there are any: (b s h)."""
+    fill_cache(graph, model)
+    if "w" in graph.dims:
+        return in_front(graph, model, embed(graph, module, "b w h", require_grad=True))
+    return embed(graph, module, "b s h", require_grad=True)
+
+
+def loss(graph, x, head):
+    """The head and the cross-entropy, whose log-softmax is saved in float32: (b s V)."""
+    if "l" in graph.dims:  # virtual tokens get no logits, but for the last one
+        x = graph.copy(graph.view(x, "b l h", fresh=True), "b l h")
+    logits = graph.cast(apply(graph, head, x, "V", "head"), 4)
+    log_probs = graph.node("log-probabilities", [logits], logits.shape, 4, [OUTPUT])
+    return graph.node("loss", [log_probs], "1", 4, [log_probs])
+
+
+# ---- decoder blocks -----------------------------------------------------------------------------
+
+
+def llama(graph, model, config):
+    """Llama, Qwen2, Mistral: RMSNorm, rotary positions, grouped-query attention, gated MLP."""
+    core = model.model
+    x = embed_text(graph, model, core.embed_tokens)
+    cos, sin = (Value(f"{positions(graph)} d", x.width, False) for _ in range(2))
+    graph.shared += [cos, sin, mask(graph, x.width)]
+    for i, layer in enumerate(core.layers):
+        x = begin_block(graph, model, i, x)
+        attention, mlp = layer.self_attn, layer.mlp
+        y = graph.rms_norm(x, layer.input_layernorm, "norm 1")
+        q = apply(graph, attention.q_proj, y, "a d", "q_proj")
+        k = apply(graph, attention.k_proj, y, "k d", "k_proj")
+        v = apply(graph, attention.v_proj, y, "k d", "v_proj")
+        q, k = rotate(graph, q, cos, sin), rotate(graph, k, cos, sin)
+        k, v = with_prefix(graph, model, i, k, v)
+        if config.num_key_value_heads != config.num_attention_heads:
+            k, v = graph.copy(k, f"b a {graph.seen} d"), graph.copy(v, f"b a {graph.seen} d")
+        y = graph.attention(q, k, v, config.attention_dropout)
+        x = graph.add(x, apply(graph, attention.o_proj, y, "h", "o_proj"))
+        y = graph.rms_norm(x, layer.post_attention_layernorm, "norm 2")
+        gate = apply(graph, mlp.gate_proj, y, "i", "gate_proj")
+        gate = graph.activation(gate, config.hidden_act)
+        y = graph.mul(gate, apply(graph, mlp.up_proj, y, "i", "up_proj"), "gate and up")
+        x = graph.add(x, apply(graph, mlp.down_proj, y, "h", "down_proj"))
+        graph.end_block()
+    return loss(graph, graph.rms_norm(x, core.norm, "last norm"), model.lm_head)
+
+
+def gpt2(graph, model, config):
+    """GPT-2: LayerNorm, learned positions, one layer for q, k and v, dropout."""
+    core = model.transformer
+    x = embed_text(graph, model, core.wte)
+    x = graph.add(x, embed(graph, core.wpe, f"{positions(graph)} h"))
+    x = graph.dropout(x, config.embd_pdrop)
+    graph.shared = [mask(graph, x.width)]  # under checkpointing, GPT-2's blocks get no cache
+    for i, layer in enumerate(core.h):
+        x = begin_block(graph, model, i, x)
+        y = graph.layer_norm(x, layer.ln_1, "norm 1")
+        qkv = apply(graph, layer.attn.c_attn, y, "3 h", "c_attn")
+        q, k, v = heads(graph, model, i, qkv, config.attn_pdrop)
+        y = graph.attention(q, k, v, config.attn_pdrop, upcast=False)
+        y = apply(graph, layer.attn.c_proj, y, "h", "attention c_proj")
+        x = graph.add(graph.dropout(y, config.resid_pdrop), x)
+        y = graph.layer_norm(x, layer.ln_2, "norm 2")
+        y = apply(graph, layer.mlp.c_fc, y, "i", "c_fc")
+        y = graph.activation(y, config.activation_function)
+        y = apply(graph, layer.mlp.c_proj, y, "h", "MLP c_proj")
+        x = graph.add(x, graph.dropout(y, config.resid_pdrop))
+        graph.end_block()
+    return loss(graph, graph.layer_norm(x, core.ln_f, "last norm"), model.lm_head)
+
+
+def bloom(graph, model, config):
+    """Bloom: LayerNorm (also on the embeddings), ALiBi, one layer for q, k and v; never fused."""
+    core = model.transformer
+    graph.fused = False
+    x = embed_text(graph, model, core.word_embeddings)
+    width = x.width
+    alibi = Value(f"b a {graph.seen}", width, False)  # added to the scores of each head
+    graph.shared += [mask(graph, width), alibi]
+    x = graph.layer_norm(x, core.word_embeddings_layernorm, "embedding norm")
+    for i, layer in enumerate(core.h):
+        x = begin_block(graph, model, i, x)
+        attention, mlp = layer.self_attention, layer.mlp
+        y = graph.layer_norm(x, layer.input_layernorm, "norm 1")
+        residual = y if config.apply_residual_connection_post_layernorm else x
+        qkv = apply(graph, attention.query_key_value, y, "3 h", "query_key_value")
+        q, k, v = heads(graph, model, i, qkv, config.attention_dropout)
+        y = graph.attention(q, k, v, config.attention_dropout)
+        y = apply(graph, attention.dense, y, "h", "dense")
+        x = graph.add(graph.dropout(y, config.hidden_dropout), residual)
+        graph.nodes[-1].held = scores(graph, width, i)
+        y = graph.layer_norm(x, layer.post_attention_layernorm, "norm 2")
+        residual = y if config.apply_residual_connection_post_layernorm else x
+        y = apply(graph, mlp.dense_h_to_4h, y, "i", "dense_h_to_4h")
+        y = apply(graph, mlp.dense_4h_to_h, graph.activation(y, "bloom"), "h", "dense_4h_to_h")
+        x = graph.add(graph.dropout(y, config.hidden_dropout), residual)
+        graph.end_block()
+    return loss(graph, graph.layer_norm(x, core.ln_f, "last norm"), model.lm_head)
+
+
+def positions(graph):
+    """One row of positions serves all, but virtual tokens count those of each row: "s", "b s"."""
+    return "b s" if "n" in graph.dims else "s"
+
+
+def mask(graph, width):
+    """The attention mask: bool for the fused kernel, otherwise numbers to add to the scores."""
+    return Value(f"b s {graph.seen}", 1 if graph.fused else width, False)
+
+
+def scores(graph, width, block):
+    """What Bloom's variables hold while its attention runs: scores before and after the mask is
+    added and, in all blocks but the first, the weights of the block below, which are also saved
+    unless that block is recomputed."""
+    shape = f"b a s {graph.seen}"
+    both = [Value(shape, 2 if graph.autocast else width, False), Value(shape, width, False)]
+    return both + [Value(shape, width, False)] * (graph.checkpointing and block > 0)
+
+
+def rotate(graph, x, cos, sin):
+    """x cos + rotate_half(x) sin (Su et al. 2021, "RoFormer", equation 34)."""
+    turned = graph.copy(x, x.shape)
+    return graph.add(graph.mul(x, cos, "cos"), graph.mul(turned, sin, "sin"))
+
+
+def heads(graph, model, i, qkv, dropout):
+    """Split (b s 3h) into q, k and v, (b a s d) each. A batched product copies them sorted by
+    heads; for one row, views do."""
+    q, k, v = (graph.view(qkv, "b a s d") for _ in range(3))
+    one_row = graph.dims["b"] == 1
+    if "t" in graph.dims:  # the cache has copied k and v
+        k, v = with_prefix(graph, model, i, k, v)
+        views = one_row or graph.in_one_kernel(dropout)
+        return q if views else graph.copy(q, "b a s d"), k, v
+    return (q, k, v) if one_row else [graph.copy(x, "b a s d") for x in (q, k, v)]
+
+
+BLOCKS = {"llama": llama, "qwen2": llama, "mistral": llama, "gpt2": gpt2, "bloom": bloom}

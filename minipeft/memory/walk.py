@@ -1,0 +1,192 @@
+"""Walk through a `Graph`, forward and backward, and find the moment at which most memory is in use.
+
+Sizes are in bytes. A composition is a `Counter` of bytes by part, such as {"activations": 2**20}.
+"""
+
+from collections import Counter
+
+
+def saved_by_block(graph):
+    """Rows (operation, shape, bytes) of what one block saves, each tensor once: of the second
+    block, since the first may lack gradients."""
+    begin, end, _ = graph.blocks[min(1, len(graph.blocks) - 1)]
+    rows, seen = [], set()
+    for node in graph.nodes[begin:end]:
+        for value in node.saved:
+            if value.storage not in seen:
+                seen.add(value.storage)
+                rows.append((node.name, value.storage.shape, graph.bytes(value)))
+    return rows
+
+
+def forward_peak(graph):
+    """The composition at the peak of the forward pass, or of a block that is recomputed, over the
+    nodes that need memory for a moment: to make a weight from 4 bits, or because Python's variables
+    hold something. Empty if there is none; then the loss or the backward pass needs more."""
+    last_use = {x.storage: i for i, node in enumerate(graph.nodes) for x in node.inputs}
+    inputs = {begin: (end, x) for begin, end, x in graph.blocks}
+    embedded = graph.blocks[0][2]
+    saved, live, held, peak = set(graph.shared), set(), 0, Counter()
+    for i, node in enumerate(graph.nodes):
+        if i in inputs:
+            # Python's variables: the embedded tokens, the input of the block, and that of its MLP
+            end, x = inputs[i]
+            named, held = {embedded.storage, x.storage}, graph.bytes(x)
+            if graph.checkpointing:
+                saved = set(graph.shared)
+                saved |= {x.storage for begin, _, x in graph.blocks if begin <= i}
+                end = _last_needed(graph, end)
+                held = 2 * held + graph.bytes(graph.nodes[end].output)
+        if node.held or node.dequantised and not (graph.checkpointing and i > end):
+            now = Counter(activations=sum(map(graph.bytes, saved)))
+            now["temporaries"] = sum(map(graph.bytes, (live | named) - saved))
+            now["temporaries"] += held + graph.dequantisation(node, node.output)
+            now["temporaries"] += sum(map(graph.bytes, node.held))
+            peak = max(peak, now, key=Counter.total)
+        saved |= {value.storage for value in node.saved}
+        live = {v for v in live | {node.output.storage} if last_use.get(v, 0) > i}
+    return peak
+
+
+def backward_peaks(graph):
+    """Walk backward: free what was saved, and add gradients.
+
+    Returns the largest size of activations, logits and gradients, and the compositions at the peaks
+    of the moments "loss" and "backward pass".
+    """
+    walk = _Backward(graph)
+    walk.run()
+    return walk.largest, walk.peaks
+
+
+class _Backward:
+    """The state of a backward pass that has come down to some node.
+
+    now      bytes in use, by part
+    uses     {storage: how many nodes still need it}
+    flowing  {value: [bytes, users, part]}, the gradients on their way down; several values share
+             one gradient where it is passed on
+    """
+
+    def __init__(self, graph):
+        self.graph = graph
+        self.recomputed = [b for b in graph.blocks if graph.checkpointing]  # [begin, end, input]
+        inside = {i for begin, end, _ in self.recomputed for i in range(begin, end)}
+        self.uses = _saved(node for i, node in enumerate(graph.nodes) if i not in inside)
+        if graph.checkpointing:
+            self.uses += Counter(x.storage for *_, x in graph.blocks)
+            self.uses += Counter(graph.shared)
+        self.now = Counter()
+        for value in self.uses:
+            self.now[_part(value, "activations")] += graph.bytes(value)
+        self.largest = {"activations": self.now["activations"], "logits": 0, "gradients": 0}
+        self.temporary = set()  # what a recomputed block saves
+        self.peaks = {"loss": Counter(self.now), "backward pass": Counter()}
+        self.flowing, self.have_gradient = {}, set()
+
+    def run(self):
+        graph = self.graph
+        ends = {_last_needed(graph, end): (begin, end) for begin, end, _ in self.recomputed}
+        inputs = {begin: x for begin, _, x in self.recomputed}
+        self.flowing[graph.nodes[-1].output] = [0, 1, "temporaries"]
+        for i in range(len(graph.nodes) - 1, -1, -1):
+            if i in ends:
+                self.recompute(slice(*ends[i]))
+            node = graph.nodes[i]
+            gradient = self.flowing.pop(node.output, None)
+            if gradient:
+                moment = "loss" if i >= graph.blocks[-1][1] else "backward pass"
+                self.differentiate(node, gradient, moment)
+            for value in node.saved:
+                self.free(value.storage)
+            if i in inputs:
+                self.free(inputs[i].storage)
+        self.largest["gradients"] = self.now["gradients"]
+
+    def recompute(self, block):
+        """What the nodes of a block save is there again, as temporaries."""
+        for value, uses in _saved(self.graph.nodes[block]).items():
+            if not self.uses[value]:
+                self.temporary.add(value)
+                self.now["temporaries"] += self.graph.bytes(value)
+            self.uses[value] += uses
+
+    def differentiate(self, node, gradient, moment):
+        """Send the gradient of a node's output to its inputs and weights."""
+        work = node.scratch * self.graph.bytes(node.output)
+        if node.inputs and node.inputs[0].grad:
+            work += self.graph.dequantisation(node, node.inputs[0])
+        self.now["temporaries"] += work
+        self.look(moment)
+        self.now["temporaries"] -= work
+        for x in node.inputs:
+            if x.grad:
+                self.send(node, x, gradient, moment)
+        for weight in node.weights:
+            size = weight.numel() * weight.dtype.itemsize
+            tied = weight in self.have_gradient  # a second gradient, and the sum of both
+            self.now["temporaries" if tied else "gradients"] += 2 * size if tied else size
+        self.look(moment)
+        for weight in node.weights:
+            if weight in self.have_gradient:
+                self.now["temporaries"] -= 2 * weight.numel() * weight.dtype.itemsize
+            self.have_gradient.add(weight)
+        self.drop(gradient)
+
+    def send(self, node, x, gradient, moment):
+        """Make the gradient of the input x, or pass that of the output on. Where x has one already,
+        the two are summed, in place if nobody else reads it."""
+        if node.fresh:
+            part = _part(x, "temporaries")
+            mine = [self.graph.count(x.shape) * x.width, 1, part]
+            self.now[part] += mine[0]
+        else:
+            mine = gradient
+            gradient[1] += 1
+        if x not in self.flowing:
+            self.flowing[x] = mine
+            return
+        other = self.flowing[x]
+        self.look(moment)
+        self.drop(mine)
+        if other[1] > 1:
+            other[1] -= 1
+            self.flowing[x] = [other[0], 1, other[2]]
+            self.now[other[2]] += other[0]
+
+    def free(self, storage):
+        self.uses[storage] -= 1
+        if not self.uses[storage]:
+            part = "temporaries" if storage in self.temporary else _part(storage, "activations")
+            self.now[part] -= self.graph.bytes(storage)
+
+    def drop(self, gradient):
+        gradient[1] -= 1
+        if not gradient[1]:
+            self.now[gradient[2]] -= gradient[0]
+
+    def look(self, moment):
+        if self.now.total() > self.peaks[moment].total():
+            self.peaks[moment] = Counter(self.now)
+        self.largest["logits"] = max(self.largest["logits"], self.now["logits"])
+
+
+def _last_needed(graph, end):
+    """The last node of a block, ending before `end`, whose gradient needs what it saved.
+
+    When the gradient has come down to there, checkpointing recomputes the block from its input up
+    to there."""
+    end -= 1
+    while graph.nodes[end].dequantised or not graph.nodes[end].fresh:  # these save nothing
+        end -= 1
+    return end
+
+
+def _saved(nodes):
+    """{storage: how many nodes save it}"""
+    return Counter(value.storage for node in nodes for value in node.saved)
+
+
+def _part(value, other):
+    """Logits are counted by themselves; anything else goes to `other`."""
+    return "logits" if "V" in value.storage.shape.split() else other

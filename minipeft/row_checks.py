@@ -1,0 +1,109 @@
+"""Checks of encoded rows before they are collated: a row that could not be trained on is refused.
+
+Nothing here pads or masks. `Collator` calls `checked`, and the sentences say what to give instead.
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from minipeft.refusals import require, shown
+
+
+def checked(rows):
+    """The rows as dicts of tensors; what else a row holds is left out.
+
+    Of each row: input_ids, int64 (seq,); attention_mask, ones (seq,); token_type_ids, int64 (seq,),
+    if all rows have them; labels, if all rows have them, int64 (seq,), or those of a whole row, ()
+    or (labels,). Raises ValueError for what would train wrong in silence.
+    """
+    if not isinstance(rows, list | tuple) or not rows:
+        raise ValueError(f"A batch needs rows, in a list; got {shown(rows)}.")
+    for i, row in enumerate(rows):
+        if not isinstance(row, Mapping) or "input_ids" not in row:
+            raise ValueError(f"Row {i} of the batch is {shown(row)}, without input_ids; encode it.")
+    present = {name: [row.get(name) is not None for row in rows]
+               for name in ("labels", "token_type_ids")}  # fmt: skip
+    for name, found in present.items():
+        if any(found) != all(found):
+            raise ValueError(f"A batch needs rows with {name} in all of them or in none.")
+    new_rows = [{"input_ids": _ids(i, row, "input_ids")} for i, row in enumerate(rows)]
+    for i, (row, new) in enumerate(zip(rows, new_rows, strict=True)):
+        ids, mask = new["input_ids"], row.get("attention_mask")
+        require(
+            len(ids) and (mask is None or 0 not in _ids(i, row, "attention_mask")),
+            f"Row {i} of the batch is empty or holds padding already. Give unpadded rows: "
+            "the collator pads them, and a row of nothing but padding has no meaning.",
+        )
+        new["attention_mask"] = torch.ones_like(ids)
+        if all(present["token_type_ids"]):
+            new["token_type_ids"] = _ids(i, row, "token_type_ids", ids)
+    if all(present["labels"]):
+        _add_labels(rows, new_rows)
+    return new_rows
+
+
+def _add_labels(rows, new_rows):
+    """Put the checked labels of `rows` into `new_rows`, beside their input_ids."""
+    labels = [_tensor(i, row, "labels") for i, row in enumerate(rows)]
+    of_rows = of_whole_rows(labels)
+    for i, (row, new) in enumerate(zip(rows, new_rows, strict=True)):
+        if of_rows:
+            new["labels"] = labels[i]  # () or (labels,)
+            _refuse_row_label(i, labels[i], labels[0])
+            continue
+        new["labels"] = _ids(i, row, "labels", new["input_ids"])
+        require(
+            set(new["labels"][1:].tolist()) - {-100},
+            f"Row {i} of the batch has no target: every label after the first is -100, "
+            "so a loss would be 0/0 = NaN. Was the answer empty or cut off?",
+        )
+
+
+def of_whole_rows(labels):
+    """Are they labels of whole rows: a class number each, or numbers that are no whole ones?"""
+    return all(v.dim() == 0 or v.is_floating_point() and v.numel() for v in labels)
+
+
+def _tensor(i, row, name):
+    """A value of a row as a tensor of numbers."""
+    try:
+        value = torch.as_tensor(row[name])
+    except (TypeError, ValueError, RuntimeError):
+        value = None
+    if value is None or value.dtype == torch.bool or value.is_complex():
+        raise ValueError(f"Row {i} of the batch has {name} {shown(row[name])}; give whole numbers.")
+    return value
+
+
+def _ids(i, row, name, like=None):
+    """A value of a row as int64 (seq,), of the length of `like`; -100 is allowed in labels."""
+    value = _tensor(i, row, name)
+    if like is not None and value.dim() == 1 and len(value) != len(like):
+        raise ValueError(
+            f"Row {i} of the batch has {len(like)} input_ids but {len(value)} {name}; they must "
+            "be of one length."
+        )
+    empty = value.dim() == 1 and not len(value)
+    require(
+        empty or (value.dim() == 1 and not value.is_floating_point()),
+        f"Row {i} of the batch has {name} {tuple(value.shape)} of {value.dtype}; give one "
+        "list of whole numbers, (seq,).",
+    )
+    wrong = value < 0 if name != "labels" else (value < 0) & (value != -100)
+    if wrong.any():
+        raise ValueError(
+            f"Row {i} of the batch has {int(value[wrong][0])} among its {name}, which is no token "
+            "id; -100 in labels is no target."
+        )
+    return value.long()
+
+
+def _refuse_row_label(i, label, first):
+    """A class number is 0 or more; numbers are finite, and as many in each row."""
+    fits = label.shape == first.shape and label.dim() <= 1 and label.isfinite().all()
+    require(
+        fits and (label.is_floating_point() or label >= 0),
+        f"Row {i} of the batch has labels {shown(label.tolist())}; a class is a whole number "
+        "from 0 on, and other labels of rows are finite numbers, as many in each row.",
+    )

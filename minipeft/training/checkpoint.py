@@ -1,0 +1,211 @@
+"""Checkpoints of a training run: safetensors and JSON only, each folder written whole.
+
+A folder `step-000123` holds everything that the next step depends on:
+model.safetensors       the trainable parameters, and the buffers of the model's state dict, but not
+                        those of a 4-bit base, which never change
+optimizer.safetensors   AdamW's two running means and step count of each trainable
+best.safetensors        the trainables of the lowest evaluation loss, unless that is this very step
+state.json              settings, history, place in the data, random states, loss scale
+
+A folder is removed only if it holds such files and nothing else.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from minipeft.adapter_files.atomic import MARK, _discard, whole_folder
+from minipeft.freezing import trainable_parameters
+from minipeft.quantization import NF4Linear
+from minipeft.training.distributed import barrier, broadcast, copy_of, is_main_process, put_back
+
+NEEDED = {"model.safetensors", "optimizer.safetensors", "state.json"}
+FILES = NEEDED | {"best.safetensors"}
+STATE = {"settings", "history", "place", "random", "scaler"}
+
+
+def codes_of(model):
+    """The ids of the buffers that a 4-bit base is made of."""
+    return {id(b) for m in model.modules() if isinstance(m, NF4Linear) for b in m.buffers()}
+
+
+def _model_tensors(model):
+    """{name: tensor} of all that training can change: batch norm, say, counts in buffers."""
+    kept, codes = model.state_dict(keep_vars=True), codes_of(model)
+    buffers = {n: b for n, b in model.named_buffers() if n in kept and id(b) not in codes}
+    return trainable_parameters(model) | buffers
+
+
+def _number(path):
+    """The step that a name of ours gives, or None: step-000123."""
+    named = re.fullmatch(r"step-(\d{6,})", path.name)
+    return int(named[1]) if named else None
+
+
+def _state(folder):
+    """(what state.json holds, what is wrong with it or None)."""
+    try:
+        state = json.loads((folder / "state.json").read_bytes())
+    except (OSError, ValueError) as error:
+        return None, f"state.json cannot be read ({error})"
+    if not isinstance(state, dict) or not all(isinstance(state.get(key), dict) for key in STATE):
+        return state, f"state.json is no object with {', '.join(sorted(STATE))}"
+    return state, None
+
+
+def _checkpoints(root):
+    """{step: folder} of the checkpoints below `root`, and of what may be a damaged one."""
+    found = {}
+    for path in Path(root).glob("step-*"):
+        if _number(path) is None or path.is_symlink() or not path.is_dir():
+            continue
+        if NEEDED <= {inside.name for inside in path.iterdir()}:
+            state, _ = _state(path)
+            if not isinstance(state, dict) or STATE & state.keys():  # else another program's
+                found[_number(path)] = path
+    return found
+
+
+def _is_ours(folder):
+    """Does the folder hold a checkpoint and nothing else?"""
+    return {inside.name for inside in folder.iterdir()} <= FILES and _state(folder)[1] is None
+
+
+def newest(root):
+    """The checkpoint folder of the highest step below `root`, or None. Rank 0 looks for all."""
+    found = _checkpoints(root) if is_main_process() else {}
+    step = broadcast(max(found, default=-1))
+    folder = Path(root) / f"step-{step:06d}"
+    if step >= 0 and not folder.is_dir():
+        raise ValueError(f"Rank 0 goes on from {folder}; this rank needs to see the same folder.")
+    return None if step < 0 else folder
+
+
+def refuse_names_in_the_way(root, saved):
+    """Raise ValueError where what has the name of a checkpoint to come is there already.
+
+    saved: does a step get one? A function of its number.
+    """
+    root = Path(root)
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"checkpoint_dir={root} is a file; give a folder, which may be new.")
+    for path in root.glob("step-*"):
+        if _number(path) is not None and saved(_number(path)):
+            raise ValueError(
+                f"{path} is no checkpoint of this run and would be in the way of one. Move it, or "
+                "take another checkpoint_dir."
+            )
+
+
+def begin_anew(root):
+    """Remove all checkpoints below `root`. Raises ValueError for a folder that may be one."""
+    for folder in _checkpoints(root).values():
+        if not _is_ours(folder):
+            raise ValueError(
+                f"{folder} is damaged or holds more than a checkpoint, so it is not removed. Move "
+                "it away, or take another checkpoint_dir."
+            )
+    discard_all_but(None, root)
+
+
+def discard_all_but(kept, root):
+    """Remove the other checkpoints below `root`, and scratch that a killed run left behind."""
+    for folder in _checkpoints(root).values():
+        if folder != kept and _is_ours(folder):
+            _discard(folder, folder)
+    for scratch in Path(root).glob(f".step-*{MARK}*"):
+        if scratch.is_dir() and not scratch.is_symlink():
+            shutil.rmtree(scratch)
+
+
+def save_checkpoint(root, step, model, optimizer, state, best=None):
+    """Write `root/step-<step>` whole, then remove the older ones."""
+    folder = Path(root) / f"step-{step:06d}"
+    names = {id(p): name for name, p in trainable_parameters(model).items()}
+    moments = {
+        f"{key}.{names[id(p)]}": tensor
+        for p, values in optimizer.state.items()
+        for key, tensor in values.items()
+    }
+    tensors, moments = copy_of(_model_tensors(model)), copy_of(moments)  # on every rank
+    if is_main_process():
+        refuse_names_in_the_way(root, lambda number: number == step)
+        with whole_folder(folder) as scratch:
+            save_file(tensors, scratch / "model.safetensors")
+            save_file(moments, scratch / "optimizer.safetensors")
+            if best is not None:
+                save_file(best, scratch / "best.safetensors")
+            (scratch / "state.json").write_text(json.dumps(state))
+        discard_all_but(folder, root)
+    barrier()
+
+
+def damaged(folder, why):
+    """The error to raise for a checkpoint that cannot be gone on from."""
+    return ValueError(
+        f"The checkpoint {folder} is damaged, or not one of this package: {why}. Move it away to "
+        "begin anew."
+    )
+
+
+def read_state(folder):
+    """The JSON part of a checkpoint. Raises ValueError if it is damaged."""
+    state, wrong = _state(folder)
+    if wrong:
+        raise damaged(folder, wrong)
+    return state
+
+
+def _load(folder, name):
+    try:
+        return load_file(folder / name)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise damaged(folder, f"{name} cannot be read ({error})") from error
+
+
+def _refuse_others(folder, name, found, expected):
+    """Raise ValueError unless the tensors of a file have the keys, shapes and types expected."""
+    for key in sorted(found.keys() ^ expected.keys()):
+        wrong = "is missing from" if key in expected else "is not expected in"
+        raise damaged(folder, f"{key} {wrong} {name}")
+    for key, tensor in found.items():
+        there, here = ((t.dtype, tuple(t.shape)) for t in (tensor, expected[key]))
+        if there != here:
+            raise damaged(folder, f"{key} in {name} is {there}, but the model's is {here}")
+        if tensor.isnan().any():
+            raise damaged(folder, f"{key} in {name} holds NaN")
+
+
+def load_tensors(folder, model, optimizer, best_is_apart):
+    """Put model and optimiser back into the state of `folder`; return the best trainables.
+
+    best_is_apart: were the best trainables not those of this step?
+    Raises ValueError, with the model as it was, if a file is damaged.
+    """
+    params, targets = trainable_parameters(model), _model_tensors(model)
+    tensors = _load(folder, "model.safetensors")
+    _refuse_others(folder, "model.safetensors", tensors, targets)
+    moments = _load(folder, "optimizer.safetensors")
+    trained = [name for name in params if f"step.{name}" in moments]  # of the others came no grad
+    expected = {f"{key}.{n}": params[n] for n in trained for key in ("exp_avg", "exp_avg_sq")}
+    expected |= {f"step.{n}": torch.tensor(0.0) for n in trained}
+    _refuse_others(folder, "optimizer.safetensors", moments, expected)
+    best = None
+    if best_is_apart:
+        best = _load(folder, "best.safetensors")
+        _refuse_others(folder, "best.safetensors", best, params)
+    put_back(tensors, targets)
+    for key, tensor in moments.items():
+        key, name = key.split(".", 1)
+        p = params[name]
+        if key == "step":  # the fused kernel wants it beside the parameter
+            optimizer.state[p][key] = tensor.to(p.device) if optimizer.defaults["fused"] else tensor
+        else:
+            optimizer.state[p][key] = torch.zeros_like(p)  # with its strides
+            put_back({name: tensor}, {name: optimizer.state[p][key]})
+    return copy_of(params) if best is None else best

@@ -1,0 +1,101 @@
+"""What `train` refuses before it begins, each in one sentence."""
+
+import math
+from numbers import Integral, Real
+
+import torch
+
+from minipeft.freezing import trainable_parameters
+from minipeft.refusals import refuse_no_model, require
+from minipeft.training.distributed import world_size
+from minipeft.training.loss import refuse_kind
+
+AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+COUNTS = ("max_steps", "warmup_steps", "accumulation", "eval_every", "save_every")
+
+
+def refuse_bad_input(model, batches, call, groups):
+    """Raise ValueError, with what to do, for input that cannot train.
+
+    call: the arguments of `train` by name. groups: its parameter groups, as they will be used.
+    """
+    refuse_no_model(model)
+    _refuse_numbers(call, groups)
+    _refuse_precision(model, call["precision"])
+    for name, given in (("batches", batches), ("eval_batches", call["eval_batches"])):
+        again = hasattr(given, "__iter__") and iter(given) is not given
+        require(
+            again or (given is None and name == "eval_batches"),
+            f"`{name}` can be gone through only once, or not at all, but is begun anew again and "
+            "again. Pass a list, a DataLoader or minipeft's Batches.",
+        )
+    _refuse_parameters(model, groups)
+    if call["eval_batches"] is not None:
+        refuse_kind(model)
+
+
+def _refuse_numbers(call, groups):
+    for name in COUNTS:
+        given, least = call[name], int(name != "warmup_steps")
+        require(
+            _is_number(given, least, Integral) or (given is None and name.endswith("every")),
+            f"{name}={given!r} is not a number of steps or batches.",
+        )
+    for name, value in ((name, g[name]) for g in groups for name in ("lr", "weight_decay")):
+        require(_is_number(value, 0, Real), f"{name}={value!r} must be a number from 0 on.")
+    limit, seed = call["max_grad_norm"], call["seed"]
+    require(
+        limit is None or (_is_number(limit, 0, Real) and limit),
+        f"max_grad_norm={limit!r} must be above 0, or None for no limit.",
+    )
+    require(
+        _is_number(seed, 0, Integral) and seed < 2**32,
+        f"seed={seed!r} must be a whole number from 0 to 2**32 - 1.",
+    )
+    require(
+        call["warmup_steps"] <= call["max_steps"],
+        "warmup_steps is larger than max_steps: the rate would never reach lr.",
+    )
+
+
+def _refuse_precision(model, precision):
+    require(precision in AUTOCAST, f"precision={precision!r} is none of {', '.join(AUTOCAST)}.")
+    if precision == "float16":
+        device = next(model.parameters()).device.type
+        require(
+            all(p.dtype != torch.bfloat16 for p in model.parameters()),
+            "precision='float16' does not go with weights in bfloat16; take precision='bfloat16'.",
+        )
+        require(
+            world_size() == 1,
+            "Loss scaling is not tried on several ranks; take bfloat16 or float32.",
+        )
+        require(
+            device in ("cpu", "cuda"),
+            f"Loss scaling is not tried on {device}; take bfloat16 or float32.",
+        )
+
+
+def _refuse_parameters(model, groups):
+    trainable = trainable_parameters(model)
+    require(
+        trainable,
+        "Nothing is trainable: every parameter has requires_grad=False. Add a technique, or "
+        "unfreeze some modules.",
+    )
+    grouped = [id(p) for group in groups for p in group["params"]]
+    for name, p in trainable.items():
+        require(
+            grouped.count(id(p)) == 1,
+            f"{name} is trainable, but `groups` does not hold it exactly once.",
+        )
+        require(
+            p.dtype not in (torch.float16, torch.bfloat16),
+            f"{name} is trainable but {p.dtype}: small updates would round away (claim 29). Make "
+            "trainables float32, for example with model.float(), and get the speed of half "
+            'precision from precision="bfloat16".',
+        )
+
+
+def _is_number(value, least, kind):
+    return isinstance(value, kind) and not isinstance(value, bool) and least <= value < math.inf
