@@ -38,7 +38,6 @@ from minipeft.trial import (
     cache_shape,
     embedded,
     hidden_of,
-    keeps_cache,
     positions_of,
     takes,
     with_hidden,
@@ -64,8 +63,8 @@ def attach(model, virtual_tokens, technique, before=None):
         words = trial_words(model)
         first, limit = positions_of(model, words[None])
         places = [place] if has_numbers(model) and place != "attention" else []
-        if "hidden" in places and keeps_cache(model, words[None]):
-            places.append("cache")  # folded, and in a folder, they are keys and values
+        if place == "hidden":
+            places += ["cache"] * len(places)  # folded, and in a folder, they are keys and values
         trials = [Trial(model, where, words, first, limit) for where in places]
         freeze_base(model)
         model.virtual_tokens = virtual_tokens.train(model.training)
