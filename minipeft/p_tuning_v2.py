@@ -116,7 +116,8 @@ def key_values_of(model, words=None):
         if keeps_cache(model, words):
             shape = key_value_shape(model)
             return table_of_cache(model, words, words.shape[1]), shape, "cache"
-        return *table_of_attention(model, words), "attention"
+        table, shape = table_of_attention(model, words)
+        return table.to(**place_of(model)), shape, "attention"
 
 
 @torch.no_grad()
