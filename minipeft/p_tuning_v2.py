@@ -86,8 +86,7 @@ def add_p_tuning_v2(model, num_virtual_tokens=10, form="key_value"):
         virtual_tokens = KeyValues(*key_values_of(model, words))
     else:
         with refusing(model):
-            if keeps_cache(model, words):  # then `fold_p_tuning_v2` will need one of this shape
-                key_value_shape(model)
+            key_value_shape(model)  # folded, and in a folder, this form is keys and values
             virtual_tokens = HiddenStates(_states_of(model, words))
     return attach(model, virtual_tokens, "p_tuning_v2")
 

@@ -63,9 +63,10 @@ def attach(model, virtual_tokens, technique, before=None):
     with adding(model, technique), refusing(model):
         words = trial_words(model)
         first, limit = positions_of(model, words[None])
-        trial = None
-        if has_numbers(model) and place != "attention":
-            trial = Trial(model, place, words, first, limit)
+        places = [place] if has_numbers(model) and place != "attention" else []
+        if place == "hidden":
+            places += ["cache"] * len(places)  # folded, and in a folder, they are keys and values
+        trials = [Trial(model, where, words, first, limit) for where in places]
         freeze_base(model)
         model.virtual_tokens = virtual_tokens.train(model.training)
         before = partial(before or _lengthen, first, limit)
@@ -78,9 +79,9 @@ def attach(model, virtual_tokens, technique, before=None):
             survive_checkpointing(model)
         if place == "attention":
             open_attentions(model, partial(_of_layer, model))
-        if trial:
+        for trial in trials:
             trial.check(model)
-        elif has_numbers(model):
+        if has_numbers(model) and place == "attention":
             check_attentions(model, words[None])
     return model
 

@@ -223,3 +223,13 @@ def test_attention_of_another_kind_is_refused_by_name(config):
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
     assert not any(hasattr(module, "plain_config") for module in model.modules())
     assert all(p.requires_grad for p in model.parameters())
+
+
+@EVERY
+def test_what_is_trained_on_a_half_precision_base_is_float32(name, tmp_path):
+    model = add_p_tuning_v2(plain(name, torch.bfloat16), N)
+    save_adapter(model, tmp_path / "adapter")
+    again = load_adapter(plain(name, torch.bfloat16), tmp_path / "adapter")
+    for one in (model, again):
+        assert {p.dtype for p in one.parameters() if p.requires_grad} == {torch.float32}
+        assert one(**batch_of(one)).loss.isfinite()
