@@ -24,7 +24,7 @@ $(VENV)/pyvenv.cfg:
 
 $(VENV)/lab.stamp: pyproject.toml | $(VENV)/pyvenv.cfg
 	$(if $(TORCH),$(BIN)/python -m pip install $(TORCH))
-	$(BIN)/python -m pip install -e .
+	$(BIN)/python -m pip install -e ".[course]"
 	@touch $@
 
 $(VENV)/test.stamp: pyproject.toml | $(VENV)/pyvenv.cfg

@@ -21,7 +21,8 @@ from step import interval, median, seconds, tuned_step
 from tqdm import tqdm
 
 from minipeft import add_lora, load_base, pick_device, train
-from minipeft.memory.estimate import Tracker, estimate
+from minipeft.memory.estimate import estimate
+from minipeft.memory.measure import Tracker
 from minipeft.quantization import quantize_base
 from this_machine import this_machine
 

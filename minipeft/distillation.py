@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from minipeft.freezing import blocks
-from minipeft.training.loss import places, predict, send
+from minipeft.targets import logits_at_targets, send, target_places
 
 DIVERGENCES = ("forward", "reverse")
 
@@ -131,12 +131,12 @@ def distil_from(teacher, alpha=0.5, temperature=2.0, divergence="forward", pairs
 
     def loss_sum(student, batch):
         options = {"output_hidden_states": True} if pairs else {}
-        output, logits, targets = predict(student, batch, **options)
+        output, logits, targets = logits_at_targets(student, batch, **options)
         with torch.no_grad():
-            theirs, wanted, _ = predict(teacher, batch, **options)
+            theirs, wanted, _ = logits_at_targets(teacher, batch, **options)
         loss = _mix(alpha, *hard_and_soft(logits, wanted, targets, temperature, divergence))
         if pairs:
-            at = places(batch)  # rows and columns of the positions that predict a target
+            at = target_places(batch)  # rows and columns of the positions that predict a target
             states = (
                 [state[tuple(send(i, state.device) for i in at)] for state in one.hidden_states]
                 for one in (output, theirs)

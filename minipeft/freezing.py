@@ -60,13 +60,11 @@ def unfreeze(model, *module_patterns):
 
 def _refuse_quantised(model, *modules):
     """Raise ValueError if one of `modules` holds weights of few bits: only the rest would train."""
-    from minipeft.quantization import NF4Linear  # late: that module builds on this one
-
     inside = {m for module in modules for m in module.modules()}
     for name, module in model.named_modules():
         own = module.parameters(recurse=False)
         if module in inside and (
-            isinstance(module, NF4Linear) or any(not p.is_floating_point() for p in own)
+            getattr(module, "is_quantized", False) or any(not p.is_floating_point() for p in own)
         ):
             raise ValueError(
                 f"{name} is quantised, and codes cannot be trained; put a technique such as LoRA "

@@ -12,17 +12,11 @@ import torch
 from torch import nn
 
 from minipeft.refusals import refuse_size
+from minipeft.technique.asked import embedded
+from minipeft.technique.inputs import count_positions, named_inputs, past_length
 from minipeft.technique.on_model import technique_of
-from minipeft.virtual_tokens import (
-    attach,
-    count_positions,
-    embedded,
-    named_inputs,
-    past_length,
-    place_of,
-    refuse,
-    width_of,
-)
+from minipeft.technique.words import place_of, width_of
+from minipeft.virtual_tokens import attach, refuse
 
 ENCODERS = ("lstm", "mlp")
 

@@ -13,21 +13,17 @@ off. On a model for classification its head is trained too, as the paper does (s
 import torch
 from torch import nn
 
+from minipeft.technique.asked import keeps_cache, states_of
 from minipeft.technique.attention import table_of_attention
-from minipeft.technique.on_model import adding
-from minipeft.technique.trial import keeps_cache, states_of
-from minipeft.virtual_tokens import (
-    attach,
+from minipeft.technique.kv_cache import (
     key_value_shape,
-    ordinary_tokens,
     per_layer,
-    place_of,
-    refuse,
-    refusing,
     survive_checkpointing,
     table_of_cache,
-    trial_words,
 )
+from minipeft.technique.on_model import adding
+from minipeft.technique.words import ordinary_tokens, place_of, refusing, trial_words
+from minipeft.virtual_tokens import attach, refuse
 
 FORMS = ("key_value", "hidden")
 

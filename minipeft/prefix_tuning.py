@@ -9,15 +9,9 @@ see nothing themselves. With projection the prefix comes out of an MLP while tra
 from torch import nn
 
 from minipeft.refusals import refuse_size
-from minipeft.virtual_tokens import (
-    attach,
-    key_value_shape,
-    per_layer,
-    place_of,
-    refuse,
-    table_of_cache,
-    token_ids,
-)
+from minipeft.technique.kv_cache import key_value_shape, per_layer, table_of_cache
+from minipeft.technique.words import place_of, token_ids
+from minipeft.virtual_tokens import attach, refuse
 
 
 class Prefix(nn.Module):

@@ -8,14 +8,8 @@ P is a piece of prompt that no word need have written. The base model stays as i
 import torch
 from torch import nn
 
-from minipeft.virtual_tokens import (
-    attach,
-    ordinary_tokens,
-    refuse,
-    token_ids,
-    vectors_of,
-    vocabulary_of,
-)
+from minipeft.technique.words import ordinary_tokens, token_ids, vectors_of, vocabulary_of
+from minipeft.virtual_tokens import attach, refuse
 
 INITS = ("text", "vocab", "random")
 

@@ -105,6 +105,8 @@ class NF4Linear(nn.Linear):
     weight: (out, in), of a floating type, kept as `dtype`. bias: (out,) or None.
     """
 
+    is_quantized = True
+
     def __init__(self, weight, bias=None, block_size=64, double=True):
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape

@@ -17,7 +17,7 @@ from minipeft import (
     save_adapter,
     train,
 )
-from minipeft.virtual_tokens import ordinary_tokens
+from minipeft.technique.words import ordinary_tokens
 
 EVERY = pytest.mark.parametrize("name", NAMES)
 

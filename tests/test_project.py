@@ -1,6 +1,5 @@
 """The project's files agree with each other, and with the rules that the project gives itself."""
 
-import ast
 import json
 import re
 import subprocess
@@ -14,8 +13,6 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-TECHNIQUES = {"prompt_tuning", "p_tuning", "prefix_tuning", "p_tuning_v2", "adapters", "lora"}
-TECHNIQUES |= {"distillation"}
 
 
 def code_blocks(text):
@@ -49,7 +46,7 @@ def test_conda_pip_and_make_install_the_same_project():
     assert f"Python {minimum}" in README
     assert "conda env create -f environment.yml" in code_blocks(README)
     makefile = (ROOT / "Makefile").read_text()
-    for line in ("pip install -e .", "python -m minipeft.assets", "jupyter lab"):
+    for line in ('pip install -e ".[course]"', "python -m minipeft.assets", "jupyter lab"):
         assert line in code_blocks(README), f"the README's lines for Windows lack: {line}"
         assert line in makefile
     extras = PYPROJECT["project"]["optional-dependencies"]
@@ -82,39 +79,6 @@ def test_the_map_table_lists_each_notebook_with_its_files():
         if solution.exists():
             assert (ROOT / "exercises/checks" / f"{path.stem}.py").exists()
             assert (ROOT / "tests/wrong_answers" / f"{path.stem}.py").exists()
-
-
-def imported_modules(path):
-    """Names of minipeft modules that a file of minipeft imports, anywhere in it."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("minipeft"):
-            tail = node.module.removeprefix("minipeft").strip(".")
-            found |= {tail.split(".")[0]} if tail else {alias.name for alias in node.names}
-        if isinstance(node, ast.ImportFrom) and node.level:
-            found |= {node.module} if node.module else {alias.name for alias in node.names}
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names if alias.name.startswith("minipeft.")]
-            found |= {name.split(".")[1] for name in names}
-    return found
-
-
-SHARED = {"freezing", "lora_variants", "refusals", "technique", "virtual_tokens"}
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "minipeft").glob("*.py")), ids=lambda p: p.stem)
-def test_imports_run_one_way(path):
-    imports = imported_modules(path)
-    if path.stem in TECHNIQUES:
-        assert imports <= SHARED, "what techniques share is no technique"
-    elif path.stem != "__init__":
-        assert not imports & TECHNIQUES, f"{path.stem} must know no technique by name"
-
-
-def test_each_technique_has_a_test_file():
-    for path in (ROOT / "minipeft").glob("*.py"):
-        if path.stem != "__init__":
-            assert (ROOT / "tests" / f"test_{path.stem}.py").exists(), path.stem
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -5,7 +5,7 @@ import torch
 from soft import NAMES
 
 from minipeft import add_prompt_tuning, count_parameters, load_base, nearest_words
-from minipeft.virtual_tokens import ordinary_tokens
+from minipeft.technique.words import ordinary_tokens
 
 EVERY = pytest.mark.parametrize("name", NAMES)
 

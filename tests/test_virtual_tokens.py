@@ -40,8 +40,8 @@ from minipeft import (
     save_adapter,
     train,
 )
-from minipeft.memory.estimate import estimate, measure
-from minipeft.virtual_tokens import key_value_shape, per_layer, table_of_cache
+from minipeft.memory import estimate, measure
+from minipeft.technique.kv_cache import key_value_shape, per_layer, table_of_cache
 
 EVERY = pytest.mark.parametrize("name", NAMES)
 EACH = pytest.mark.parametrize("method", METHODS)

@@ -46,7 +46,7 @@ def _scratch(folder):
     return Path(tempfile.mkdtemp(prefix=f".{folder.name}{MARK}", dir=folder.parent))
 
 
-def _discard(folder, aside):
+def discard(folder, aside):
     """Remove the old folder; a kill in the middle must not leave half of it where it is found."""
     hidden = _scratch(folder)
     os.rename(aside, hidden / folder.name)
@@ -62,7 +62,7 @@ def recover_folder(folder):
     aside = _aside(folder)
     if aside.is_dir():
         if folder.exists():
-            _discard(folder, aside)  # the swap had finished; only the clean-up was missing
+            discard(folder, aside)  # the swap had finished; only the clean-up was missing
         else:
             os.rename(aside, folder)
 

@@ -5,7 +5,9 @@ Encoders and projections are written folded: the vectors that they make, and not
 
 from minipeft import p_tuning, p_tuning_v2, prefix_tuning, prompt_tuning
 from minipeft.refusals import require
-from minipeft.virtual_tokens import attach, key_value_shape, place_of, refuse, width_of
+from minipeft.technique.kv_cache import key_value_shape
+from minipeft.technique.words import place_of, width_of
+from minipeft.virtual_tokens import attach, refuse
 
 # What of peft's configurations is understood (see folder.py); each method adds its own below.
 UNDERSTOOD = {

@@ -10,7 +10,10 @@ from minipeft.assets.sources import LANGUAGES, REVIEW_FILES, fetch_dialogues, fe
 from minipeft.refusals import require, shown
 
 INSTRUCTIONS = {"english": "instructions_en.jsonl", "chinese": "instructions_zh.jsonl"}
-INSTRUCTION_FOLDER = Path(__file__).resolve().parents[2] / "data"  # in the repository
+PACKAGE = Path(__file__).resolve().parents[1]
+INSTRUCTION_FOLDER = PACKAGE / "data"  # in an installed package; in the repository it is beside it
+if not INSTRUCTION_FOLDER.is_dir():
+    INSTRUCTION_FOLDER = PACKAGE.parent / "data"
 
 
 def _read_rows(path):
@@ -37,15 +40,13 @@ def _split(rows, group_of):
 
 
 def _dataset(parts, columns):
-    """The splits, lists of rows, as a DatasetDict with these columns."""
-    from datasets import Dataset, DatasetDict
-
-    return DatasetDict(
-        {
-            name: Dataset.from_dict({column: [row[column] for row in part] for column in columns})
-            for name, part in parts.items()
-        }
-    )
+    """The splits as a DatasetDict with these columns. Without datasets: as lists of dicts."""
+    rows = {name: [{c: row[c] for c in columns} for row in part] for name, part in parts.items()}
+    try:
+        from datasets import Dataset, DatasetDict
+    except ModuleNotFoundError:
+        return rows
+    return DatasetDict({name: Dataset.from_list(part) for name, part in rows.items()})
 
 
 def load_reviews(source="movies", min_rating=1.0):
@@ -96,8 +97,9 @@ def load_instructions(language="english"):
 
     `language`: english or chinese. Splits train, validation, test (80/10/10 per cent), drawn within
     each category. The prompt is the instruction, the input if there is one, and the cue "Answer:"
-    or "回答：", each on a line of its own; English answers begin with a space. Source: data/ of
-    the repository, so neither cache nor network is used. Raises ValueError, AssetError.
+    or "回答：", each on a line of its own; English answers begin with a space. Without the library
+    datasets, as in a plain install, each split is a list of dicts. Source: data/ of the repository,
+    so neither cache nor network is used. Raises ValueError, AssetError.
     """
     require(
         language in list(INSTRUCTIONS),

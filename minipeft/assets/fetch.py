@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
-from platformdirs import user_cache_dir
 
 from minipeft.adapter_files.atomic import recover_folder, whole_folder
 
@@ -46,6 +45,13 @@ def cache_dir():
     """The folder that holds the assets: MINIPEFT_CACHE, else the platform's user cache."""
     chosen = os.environ.get("MINIPEFT_CACHE")
     if not chosen:
+        try:
+            from platformdirs import user_cache_dir
+        except ModuleNotFoundError as error:
+            raise AssetError(
+                "The assets need the packages of the course; run `python -m pip install -e "
+                '".[course]"` in a copy of the repository.'
+            ) from error
         return Path(user_cache_dir("minipeft"))
     try:
         return Path(chosen).expanduser().absolute()

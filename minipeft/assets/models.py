@@ -22,7 +22,7 @@ from transformers import (
 from minipeft.assets.fetch import AssetError
 from minipeft.assets.sources import fetch_base_model, quiet
 from minipeft.refusals import require, shown
-from minipeft.technique.trial import close
+from minipeft.technique.asked import close
 
 # Grouped-query attention: two key-value heads serve four query heads.
 GQA = {

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
+from minipeft.memory.cuda import workspace
 from minipeft.memory.graph import Graph
 from minipeft.memory.layers import BLOCKS
-from minipeft.memory.setup import build_without_numbers, check_settings, storage_bytes, workspace
+from minipeft.memory.settings import build_without_numbers, check_settings, storage_bytes
 from minipeft.memory.virtual_tokens import lengths
 from minipeft.memory.walk import backward_peaks, forward_peak, saved_by_block
 
@@ -31,8 +32,8 @@ class Memory:
     parts    {name: the largest size that this part reaches}; None if it is not measured by itself
     total    the peak: the most in use at one moment
     at_peak  {name: the size of this part at the peak}, which sum to `total`; empty if measured
-    moment   when the peak occurs: "forward pass" (only looked at with 4-bit weights,
-             and in Bloom), "loss", "backward pass" or "optimizer step"
+    moment   when the peak occurs: "forward pass" (with 4-bit weights, a prefix, or
+             long sequences in Bloom), "loss", "backward pass" or "optimizer step"
     kept     rows (operation, shape, bytes) of what one block saves; empty if measured
     """
 

@@ -9,8 +9,8 @@ The derivative decides. To send a gradient to one factor of a product, the other
 
 A `Value` stands for a tensor. Its shape is written in symbols, so that a saved tensor is a readable
 formula: b batch, s sequence, h hidden, a heads, k key-value heads, d head size, i inner size of the
-MLP, V vocabulary. Virtual tokens add n for their number, w for the tokens of the text, t for the
-positions that attention sees, and l for those that get logits.
+MLP, V vocabulary. With virtual tokens also n, their number, w the tokens of the text, t the
+positions that attention sees, l those that get logits.
 """
 
 from dataclasses import dataclass, field
@@ -73,7 +73,7 @@ class Graph:
         self.dims, self.autocast, self.fused = dims, autocast, fused
         self.checkpointing, self.device = checkpointing, device
         self.seen = "t" if "t" in dims else "s"  # the positions that attention sees
-        self.nodes, self.where = [], ""
+        self.nodes, self.where = [], ""  # where: prefix of the names of new nodes
         self.blocks = []  # [index of the first node, index after the last, the input]
         self.shared = []  # made once and passed to all blocks, kept throughout by checkpointing
         self.cache = []  # keys and values of all layers, held until the forward pass is over
@@ -96,11 +96,9 @@ class Graph:
         return self.count(value.storage.shape) * value.storage.width
 
     def dequantisation(self, node, product):
-        """Bytes in use while a weight is made from 4 bits and multiplied; 0 for other nodes.
-
-        First the codes as int32 and float32 values, then the float32 values and the weight in the
-        type of the product, and last the weight and the product.
-        """
+        """Bytes in use while a weight is made from 4 bits and multiplied; 0 for other nodes: first
+        the codes as int32 and float32 values, then the float32 values and the weight in the type of
+        the product, last the weight and the product."""
         n, width = node.dequantised, node.output.width
         product = self.count(product.shape) * product.width
         return max(n * (6 if width == 4 else 4 + width), n * width + product) if n else 0
@@ -124,8 +122,8 @@ class Graph:
         return x
 
     def view(self, x, shape, fresh=False):
-        """Another shape on the same memory. `fresh`: its gradient is written to a new tensor, as
-        that of a slice is."""
+        """Another shape on the same memory. `fresh`: the gradient of x is a new tensor, as it is
+        for a slice, and for an expanded dimension, over which it is a sum."""
         y = self.node("view", [x], shape, x.width, fresh=fresh)
         y.storage = x.storage
         return y
@@ -133,10 +131,6 @@ class Graph:
     def copy(self, x, shape):
         """The same numbers in another order: a transpose made contiguous, repeated heads."""
         return self.node("copy", [x], shape, x.width)
-
-    def expand(self, x, shape):
-        """A view that repeats x along a new dimension. Its gradient is a sum, a new tensor."""
-        return self.view(x, shape, fresh=True)
 
     def cat(self, xs, shape):
         """Concatenate, in the widest type. The gradients of the parts are views."""
@@ -230,8 +224,7 @@ class Graph:
         return y
 
     def in_one_kernel(self, dropout):
-        """Does attention run fused? On the CPU the fused kernel has no dropout, and torch falls
-        back to single operations."""
+        """Is attention fused? With dropout, on the CPU, torch falls back to single operations."""
         return self.fused and not (dropout and self.device == "cpu")
 
     def attention(self, q, k, v, dropout=0.0, upcast=True):
@@ -250,7 +243,7 @@ class Graph:
             saved = [mask, q, k, v, rows, OUTPUT]
             y = self.node("fused attention", [q, k, v], "b s h", q.width, saved)
             return self.view(y, "b s h")
-        autocast, width = self.autocast, v.width
+        autocast, width = self.autocast, 2 if self.autocast else v.width
         if self.fused:  # the fallback takes float32, scales q and k first, and knows no autocast
             q, k, v = self.scale(self.cast(q, 4)), self.scale(self.cast(k, 4)), self.cast(v, 4)
             self.autocast = False

@@ -115,6 +115,8 @@ def loss(graph, x, head):
         x = graph.copy(graph.view(x, "b l h", fresh=True), "b l h")
     logits = graph.cast(apply(graph, head, x, "V", "head"), 4)
     log_probs = graph.node("log-probabilities", [logits], logits.shape, 4, [OUTPUT])
+    if graph.cache and not graph.checkpointing:  # until here it holds what attention may not save
+        graph.nodes[-1].held.append(log_probs)
     return graph.node("loss", [log_probs], "1", 4, [log_probs])
 
 
@@ -177,22 +179,23 @@ def bloom(graph, model, config):
     """Bloom: LayerNorm (also on the embeddings), ALiBi, one layer for q, k and v; never fused."""
     core = model.transformer
     graph.fused = False
-    x = embed_text(graph, model, core.word_embeddings)
-    width = x.width
-    alibi = Value(f"b a {graph.seen}", width, False)  # added to the scores of each head
-    graph.shared += [mask(graph, width), alibi]
-    x = graph.layer_norm(x, core.word_embeddings_layernorm, "embedding norm")
+    embeds = embed_text(graph, model, core.word_embeddings)
+    alibi = Value(f"b a {graph.seen}", embeds.width, False)  # added to the scores of each head
+    graph.shared += [mask(graph, embeds.width), alibi]
+    x = graph.layer_norm(embeds, core.word_embeddings_layernorm, "embedding norm")
     for i, layer in enumerate(core.h):
-        x = begin_block(graph, model, i, x)
+        below, x = x, begin_block(graph, model, i, x)
         attention, mlp = layer.self_attention, layer.mlp
-        y = graph.layer_norm(x, layer.input_layernorm, "norm 1")
-        residual = y if config.apply_residual_connection_post_layernorm else x
-        qkv = apply(graph, attention.query_key_value, y, "3 h", "query_key_value")
+        normed = graph.layer_norm(x, layer.input_layernorm, "norm 1")
+        residual = normed if config.apply_residual_connection_post_layernorm else x
+        qkv = apply(graph, attention.query_key_value, normed, "3 h", "query_key_value")
         q, k, v = heads(graph, model, i, qkv, config.attention_dropout)
-        y = graph.attention(q, k, v, config.attention_dropout)
-        y = apply(graph, attention.dense, y, "h", "dense")
+        context = graph.attention(q, k, v, config.attention_dropout)
+        y = apply(graph, attention.dense, context, "h", "dense")
         x = graph.add(graph.dropout(y, config.hidden_dropout), residual)
-        graph.nodes[-1].held = scores(graph, width, i)
+        # Python's variables when attention returns
+        graph.nodes[-1].held = [embeds, below, normed, qkv, context, y, x]
+        graph.nodes[-1].held += scores(graph, embeds.width, i)
         y = graph.layer_norm(x, layer.post_attention_layernorm, "norm 2")
         residual = y if config.apply_residual_connection_post_layernorm else x
         y = apply(graph, mlp.dense_h_to_4h, y, "i", "dense_h_to_4h")
@@ -213,12 +216,11 @@ def mask(graph, width):
 
 
 def scores(graph, width, block):
-    """What Bloom's variables hold while its attention runs: scores before and after the mask is
-    added and, in all blocks but the first, the weights of the block below, which are also saved
-    unless that block is recomputed."""
-    shape = f"b a s {graph.seen}"
-    both = [Value(shape, 2 if graph.autocast else width, False), Value(shape, width, False)]
-    return both + [Value(shape, width, False)] * (graph.checkpointing and block > 0)
+    """The scores that Bloom's variables hold, before and after the mask is added, and the attention
+    weights of the block below, which count here if that block is recomputed, not saved."""
+    shape, half = f"b a s {graph.seen}", 2 if graph.autocast else width
+    widths = [half, width] + [width] * (graph.checkpointing and block > 0)
+    return [Value(shape, each, False) for each in widths]
 
 
 def rotate(graph, x, cos, sin):

@@ -14,14 +14,14 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PretrainedConfig
 
+from minipeft.memory.cuda import bytes_of_others, rules_of_cuda, workspace
 from minipeft.memory.estimate import PARTS, Memory
-from minipeft.memory.setup import (
+from minipeft.memory.settings import (
     build,
     check_settings,
     prepare,
     refuse_kind,
     storage_bytes,
-    workspace,
 )
 from minipeft.quantized_adamw import AdamW8bit
 from minipeft.technique.on_model import restore, snapshot
@@ -33,18 +33,19 @@ from minipeft.training.optimizer import adamw
 def saved_bytes(model, inputs):
     """Bytes that autograd saves in a forward pass of `model(**inputs)`, by saved-tensor hooks.
 
-    Each storage once: a view, a transpose and a tensor that two operations keep cost nothing more.
-    Parameters and inputs are not counted: they stand anyway.
+    Each storage counts once: a view, a transpose and a tensor that two operations save cost nothing
+    more. Parameters, buffers and inputs do not count: they are in memory anyway.
     """
-    standing = [*model.parameters(), *model.buffers(), *inputs.values()]
-    known = {t.untyped_storage()._cdata for t in standing}
-    saved = {}
+    known = {
+        t.untyped_storage()._cdata
+        for t in (*model.parameters(), *model.buffers(), *inputs.values())
+    }
+    saved = {}  # storages, not only their addresses, so that no address is given out twice
 
     def pack(t):
-        if t.untyped_storage()._cdata not in known:
-            saved[t.untyped_storage()._cdata] = (
-                t.untyped_storage()
-            )  # held, so no address comes twice
+        storage = t.untyped_storage()
+        if storage._cdata not in known:
+            saved[storage._cdata] = storage
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -54,11 +55,11 @@ def saved_bytes(model, inputs):
 
 
 class Tracker(TorchDispatchMode):
-    """Counts the memory behind every tensor that an operation makes, from its birth to its death.
+    """Counts the storages of all tensors that operations make, until they are freed.
 
-    held, peak   bytes now, and at most; begin with what stood already
-    wide         the largest sum of the tensors of the loss: those of `count` elements whose last
-                 dimension is the vocabulary, in bytes
+    held, peak  bytes now, and at most, the `standing` tensors included
+    wide        the largest sum of bytes of the logits and tensors like them: those of `count`
+                elements whose last dimension is the vocabulary
     """
 
     def __init__(self, standing, count, vocab):
@@ -107,21 +108,21 @@ def measure(
     device=None,
     tracker="own",
 ):
-    """Run one training step and measure its memory. Returns a `Memory`, with the parts of
-    `estimate` and its arguments.
+    """Run one training step and measure its memory. Returns a `Memory`.
 
-    model   a transformers configuration of any architecture: the step runs on fake tensors, which
-            have shapes but no numbers, so that 7B parameters fit a laptop. Or a model, as it is,
-            on its own device. It is left as it was: weights, gradients, checkpointing that was on,
-            modes, random numbers; of `method` nothing stays.
-    device  of a configuration: "cpu" (default), or "cuda", whose rules the fake tensors then follow
-            where they differ: dropout masks of a byte, fused attention with dropout, the workspace
-            of cuBLAS. No GPU is needed.
-    tracker whose peak is the total: "own" (above), or "torch" for torch's MemTracker, which finds
-            the same bytes in several times the time, but cannot follow frozen parameters. Of a
-            model on CUDA the allocator's peak is taken, less what else the process has there.
-    Activations are what stands between the forward and the backward pass and did not stand before,
-    without the logits and what the loss keeps of them.
+    model    a transformers configuration of any architecture: the step runs on fake tensors. Or a
+             model: the step runs on it, on its own device, and leaves it as it was (weights,
+             gradients, checkpointing, modes, random numbers); nothing of `method` stays.
+    device   of a configuration: "cpu" (default), or "cuda" for the numbers of a GPU, which need not
+             be there: dropout masks of a byte, fused attention with dropout, the workspace of
+             cuBLAS. Each optimizer needs the same on both.
+    tracker  whose peak is the total: "own" for `Tracker`, or "torch" for torch's MemTracker, which
+             finds the same bytes in several times the time, but cannot follow frozen parameters.
+             For a model on CUDA the total is the allocator's peak, less what else the process has
+             there.
+    The other arguments, and the parts, are those of `estimate`. Activations are what is in memory
+    between forward and backward pass and was not there before, without the logits and what the loss
+    saves of them.
     Raises ValueError for a setting that is unknown or not that of the model, for a model that is no
     causal language model, and for torch's tracker on a frozen model.
     """
@@ -131,7 +132,7 @@ def measure(
     )  # fmt: skip
     options = (batch, seq, optimizer, precision, checkpointing, tracker)
     if isinstance(model, PretrainedConfig):
-        rules = _rules_of_cuda() if device == "cuda" else nullcontext()
+        rules = rules_of_cuda() if device == "cuda" else nullcontext()
         with FakeTensorMode(), rules:
             memory = _step(build(model, method, dtype, attention), *options)
         if device == "cuda":
@@ -143,29 +144,8 @@ def measure(
         return _step(prepare(model, method), *options)
 
 
-@contextmanager
-def _rules_of_cuda():
-    """What CUDA does otherwise than a CPU, for tensors that say they are on a CPU: torch without
-    CUDA takes no step on fake tensors that say they are on a GPU."""
-    attention, dropout = nn.functional.scaled_dot_product_attention, torch._VF.dropout
-
-    def native(x, p, training):  # keeps a byte an element
-        if training and 0 < p < 1:
-            return torch.native_dropout(x, p, True)[0]
-        return dropout(x, p, training)
-
-    def fused(*args, **kwargs):  # no mask is kept; a CPU would leave the fused kernel
-        return attention(*args, **kwargs | {"dropout_p": 0.0})
-
-    nn.functional.scaled_dot_product_attention, torch._VF.dropout = fused, native
-    try:
-        yield
-    finally:
-        nn.functional.scaled_dot_product_attention, torch._VF.dropout = attention, dropout
-
-
 def _refuse_model(model, attention, dtype, device):
-    """Raise ValueError for what is no model to be measured, and settings that are not its own."""
+    """Raise ValueError for a model that cannot be measured, and settings that are not its own."""
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise ValueError(
             "memory.measure takes a configuration or a model of transformers; it was given a "
@@ -206,18 +186,8 @@ def _optimizer(name, params):
     return AdamW8bit(params, lr=0.0)
 
 
-def _others(device, standing):
-    """Bytes on a GPU that are not among the `standing` ones of this step, as other tensors of the
-    process. cuBLAS gives its workspace back, to take it in the step as the first one does; the
-    allocator's peak begins anew."""
-    torch.cuda.synchronize(device)
-    torch._C._cuda_clearCublasWorkspaces()
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device) - standing
-
-
 def _step(model, batch, seq, optimizer, precision, checkpointing, tracker):
-    """One training step of a model, which is left in whatever state it then is."""
+    """One training step of a model, which is left in the state it then has. Returns a `Memory`."""
     params = [p for p in model.parameters() if p.requires_grad]
     device, vocab = params[0].device, model.config.vocab_size
     if tracker == "torch" and len(params) < len(list(model.parameters())):
@@ -235,7 +205,7 @@ def _step(model, batch, seq, optimizer, precision, checkpointing, tracker):
         switch_checkpointing(model, True)
     model.zero_grad(set_to_none=True)
     update = _optimizer(optimizer, params)
-    for p in params:  # a first step, so that the optimiser has its state
+    for p in params:  # a first step, so that the optimizer has its state
         p.grad = torch.zeros_like(p)
     update.step()
     update.zero_grad(set_to_none=True)
@@ -254,7 +224,7 @@ def _step(model, batch, seq, optimizer, precision, checkpointing, tracker):
     if tracker == "torch":
         theirs.track_external(model, update, *inputs.values())
     if device.type == "cuda":
-        others = _others(device, standing)
+        others = bytes_of_others(device, standing)
     half = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
     with theirs, own:
         with half:

@@ -65,9 +65,11 @@ def _(virtual: Prefix, graph, layer=None):
     x = graph.parameter(virtual.embedding.weight, f"n {first.in_features}")
     x = graph.linear(x, first.weight, str(first.out_features), first.bias, "prefix embedding")
     x = graph.node("tanh output", [x], x.shape, x.width, [OUTPUT])
-    used = last.weight if layer is None else last.weight[: last.out_features // virtual.shape[0]]
-    x = graph.linear(x, used, shape.removeprefix("n "), last.bias, "prefix MLP")
-    graph.nodes[-1].weights = [last.weight, last.bias]  # the gradient of a slice has full size
+    # A slice of the weight, of all rows or of those of one layer; its gradient is a tensor more
+    rows = shape.removeprefix("n ")
+    weight = graph.parameter(last.weight, f"{rows} {last.in_features}")
+    x = graph.matmul(x, weight, shape, "prefix MLP")
+    graph.nodes[-1].weights.append(last.bias)
     return x
 
 
@@ -114,7 +116,7 @@ def in_front(graph, model, text):
     if virtual.place == "hidden":  # zeros hold the place until the first block
         return graph.cat([graph.node("zeros", [], "b n h", text.width), text], "b s h")
     x = graph.cast(vectors(virtual, graph), text.width)
-    return graph.cat([graph.expand(x, "b n h"), text], "b s h")
+    return graph.cat([graph.view(x, "b n h", fresh=True), text], "b s h")
 
 
 def begin_block(graph, model, layer, x):
@@ -124,7 +126,7 @@ def begin_block(graph, model, layer, x):
     if virtual is not None and virtual.place == "hidden":
         states = graph.cast(vectors(virtual, graph, layer), x.width)
         rest = graph.view(x, "b w h", fresh=True)
-        x = graph.cat([graph.expand(states, "b n h"), rest], "b s h")
+        x = graph.cat([graph.view(states, "b n h", fresh=True), rest], "b s h")
     graph.begin_block(x)
     return x
 

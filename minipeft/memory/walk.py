@@ -22,8 +22,10 @@ def saved_by_block(graph):
 def forward_peak(graph):
     """The composition at the peak of the forward pass, or of a block that is recomputed, over the
     nodes that need memory for a moment: to make a weight from 4 bits, or because Python's variables
-    hold something. Empty if there is none; then the loss or the backward pass needs more."""
+    or a cache hold something. Empty if there is none; then the loss or the backward pass needs
+    more."""
     last_use = {x.storage: i for i, node in enumerate(graph.nodes) for x in node.inputs}
+    last_use |= {x.storage: len(graph.nodes) for x in graph.cache}
     inputs = {begin: (end, x) for begin, end, x in graph.blocks}
     embedded = graph.blocks[0][2]
     saved, live, held, peak = set(graph.shared), set(), 0, Counter()
@@ -39,9 +41,10 @@ def forward_peak(graph):
                 held = 2 * held + graph.bytes(graph.nodes[end].output)
         if node.held or node.dequantised and not (graph.checkpointing and i > end):
             now = Counter(activations=sum(map(graph.bytes, saved)))
-            now["temporaries"] = sum(map(graph.bytes, (live | named) - saved))
-            now["temporaries"] += held + graph.dequantisation(node, node.output)
-            now["temporaries"] += sum(map(graph.bytes, node.held))
+            if node.dequantised:
+                now["temporaries"] = held + graph.dequantisation(node, node.output)
+            for value in (live | named | {x.storage for x in node.held}) - saved:
+                now[_part(value, "temporaries")] += graph.bytes(value)
             peak = max(peak, now, key=Counter.total)
         saved |= {value.storage for value in node.saved}
         live = {v for v in live | {node.output.storage} if last_use.get(v, 0) > i}

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from minipeft.adapter_files.atomic import MARK, _discard, whole_folder
+from minipeft.adapter_files.atomic import MARK, discard, whole_folder
 from minipeft.freezing import trainable_parameters
 from minipeft.quantization import NF4Linear
 from minipeft.training.distributed import barrier, broadcast, copy_of, is_main_process, put_back
@@ -117,7 +117,7 @@ def discard_all_but(kept, root):
     """Remove the other checkpoints below `root`, and scratch that a killed run left behind."""
     for folder in _checkpoints(root).values():
         if folder != kept and _is_ours(folder):
-            _discard(folder, folder)
+            discard(folder, folder)
     for scratch in Path(root).glob(f".step-*{MARK}*"):
         if scratch.is_dir() and not scratch.is_symlink():
             shutil.rmtree(scratch)

@@ -25,6 +25,8 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from transformers.utils import TransformersKwargs
 
+from minipeft.targets import logits_at_targets, refuse_beyond, send
+
 CAUSAL = "causal language model"
 KINDS = {  # {kind: what the name of its class holds}
     "sequence classification": "ForSequenceClassification",
@@ -76,7 +78,7 @@ def count_targets(batch, model=None):
 def loss_sum(model, batch):
     """The loss summed over the targets of a batch, in the unit of the table above."""
     if kind_of(model) == CAUSAL:
-        _, logits, targets = predict(model, batch)
+        _, logits, targets = logits_at_targets(model, batch)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return cross_entropy(logits, targets, reduction="sum")
     targets, device = count_targets(batch, model), next(model.parameters()).device
@@ -91,51 +93,6 @@ def zero(device):
     """A sum to start from, on the device, in the widest type that the device has."""
     wide = torch.float32 if device.type == "mps" else torch.float64
     return torch.zeros((), dtype=wide, device=device)
-
-
-def places(batch):
-    """(rows, columns), each (targets,): labels[rows, columns + 1] are the targets.
-
-    Looked up where the labels are, before they travel: on a GPU it would make the host wait.
-    """
-    return (batch["labels"][:, 1:] != -100).nonzero(as_tuple=True)
-
-
-def predict(model, batch, **options):
-    """(output, logits (targets, vocab), targets (targets,)) of a causal language model.
-
-    Positions before the first target need no logits, and they are the largest tensor of the step,
-    so only the last `keep` are asked for. Raises ValueError for a label beyond the vocabulary.
-    """
-    device = next(model.parameters()).device
-    rows, columns = places(batch)
-    labels = batch["labels"]  # (batch, seq)
-    first = int(columns.min()) if len(columns) else labels.shape[1] - 1  # none: other ranks have
-    keep = labels.shape[1] - first
-    inputs = {name: send(tensor, device) for name, tensor in batch.items() if name != "labels"}
-    output = model(**inputs, use_cache=False, logits_to_keep=keep, **options)
-    logits = output.logits[:, -keep:-1]  # (batch, keep - 1, vocab)
-    targets = labels[rows, columns + 1]
-    _refuse_beyond(targets, logits.shape[-1])
-    rows, columns, targets = (send(t, logits.device) for t in (rows, columns - first, targets))
-    return output, logits[rows, columns], targets
-
-
-def send(tensor, device):
-    """The tensor on `device`. Out of pinned memory a copy to a GPU runs while the host goes on."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.contiguous().pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
-def _refuse_beyond(labels, count):
-    """Raise ValueError for class numbers or token ids outside 0 to count - 1."""
-    bad = labels[(labels != -100) & ((labels < 0) | (labels >= count))]
-    if len(bad):
-        raise ValueError(
-            f"A label is {int(bad[0])}, but the model tells apart 0 to {count - 1}; "
-            "-100 marks what is no target."
-        )
 
 
 @functools.cache
@@ -180,7 +137,7 @@ def refuse_batch(batch, number, model):
     elif kind == "sequence classification":
         _refuse_row_labels(batch["labels"], number, model)
     elif kind == "token classification":
-        _refuse_beyond(batch["labels"], model.config.num_labels)
+        refuse_beyond(batch["labels"], model.config.num_labels)
 
 
 def refuse_no_targets(batch, number, model):
@@ -200,7 +157,7 @@ def refuse_no_targets(batch, number, model):
         where = "every label after the first" if kind == CAUSAL else "every label"
         raise ValueError(
             f"Batch {number} has no target token: {where} is -100, so there is nothing to "
-            "predict. Were the answers empty or cut off?"
+            "logits_at_targets. Were the answers empty or cut off?"
         )
 
 
@@ -225,4 +182,4 @@ def _refuse_row_labels(labels, number, model):
             f"{type(model).__name__} with {count} labels ({problem}) wants {wanted}."
         )
     if problem == "single_label_classification":
-        _refuse_beyond(labels, count)
+        refuse_beyond(labels, count)

@@ -35,8 +35,10 @@ from minipeft import (
     fold_p_tuning_v2,
     nearest_words,
 )
-from minipeft.technique.trial import cache_shape, positions_of
-from minipeft.virtual_tokens import _filled, _overwrite, key_value_shape, trial_words
+from minipeft.technique.asked import cache_shape, positions_of
+from minipeft.technique.kv_cache import filled_cache, key_value_shape
+from minipeft.technique.words import trial_words
+from minipeft.virtual_tokens import _overwrite
 
 SIZES = {
     "vocab_size": 80, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -247,7 +249,7 @@ def test_each_layer_gets_its_vectors_on_its_own_device():
     """A model may be split over devices; the meta device stands for the second one."""
     model = add_prefix_tuning(llama(), N)
     model.model.layers[1].to("meta")
-    cache = _filled(model, None, model.virtual_tokens(), 2)
+    cache = filled_cache(model, None, model.virtual_tokens(), 2)
     assert [layer.keys.device.type for layer in cache.layers] == ["cpu", "meta"]
     model = add_p_tuning_v2(llama(), N, "hidden")
     states = torch.empty(1, 9, 32, device="meta", dtype=torch.float64)

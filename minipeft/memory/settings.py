@@ -84,15 +84,3 @@ def prepare(model, method):
 def storage_bytes(tensors):
     """Bytes of the memory behind tensors; views and tied weights are counted once."""
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
-
-
-def workspace():
-    """Bytes that cuBLAS holds on CUDA from the first matrix product until the process ends.
-
-    Each thread that multiplies has a workspace, and torch runs the forward pass in one thread and
-    the backward pass in another. A workspace has 32 MiB from Hopper on, 8.1 MiB on older GPUs
-    (torch's CUDA semantics, "cuBLAS workspaces", and CublasHandlePool.cpp). Without a GPU in sight,
-    Hopper is assumed.
-    """
-    hopper = not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= 9
-    return 2 * (32 * 2**20 if hopper else (2 * 4096 + 8 * 16) * 2**10)

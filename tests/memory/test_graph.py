@@ -1,4 +1,4 @@
-"""Each rule of the tape against the tensors that autograd saves for the same operation."""
+"""Each operation of the graph against the tensors that autograd saves for the same operation."""
 
 import pytest
 import torch
@@ -9,7 +9,8 @@ from transformers.models.bloom.modeling_bloom import BloomGelu
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
-from minipeft.memory.graph import Tape, Value
+from minipeft.memory import layers
+from minipeft.memory.graph import Graph, Value
 
 DIMS = {"b": 2, "s": 6, "h": 8, "a": 4, "d": 2, "i": 12}
 
@@ -31,10 +32,10 @@ def real(function, *inputs, known=()):
 
 
 def paper(play, grad=True, shape="b s h", **options):
-    """Bytes that the tape keeps, each storage once."""
-    tape = Tape(DIMS, **options)
-    play(tape, Value(shape, 4, grad))
-    return sum({v.storage: tape.bytes(v) for node in tape.nodes for v in node.kept}.values())
+    """Bytes that the graph saves, each storage once."""
+    graph = Graph(DIMS, **options)
+    play(graph, Value(shape, 4, grad))
+    return sum({v.storage: graph.bytes(v) for node in graph.nodes for v in node.saved}.values())
 
 
 def hidden(grad=True):
@@ -51,22 +52,22 @@ def test_a_linear_layer_keeps_its_input_if_it_is_trained(kind, trained, grad, au
     x = hidden(grad)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         measured = real(layer, x, known=[layer.weight])
-    predicted = paper(lambda t, x: t.apply(layer, x, "i", "layer"), grad, autocast=autocast)
+    predicted = paper(lambda g, x: layers.apply(g, layer, x, "i", "layer"), grad, autocast=autocast)
     assert predicted == measured
     assert (predicted > 0) == (trained or (grad and autocast))
 
 
 OPERATIONS = {
-    "silu": (lambda t, x: t.activation(x, "silu"), silu),
-    "gelu": (lambda t, x: t.activation(x, "gelu"), nn.functional.gelu),
-    "gelu_new": (lambda t, x: t.activation(x, "gelu_new"), NewGELUActivation()),
-    "bloom": (lambda t, x: t.activation(x, "bloom"), BloomGelu()),
-    "product": (lambda t, x: t.mul(x, t.scale(x)), lambda x: x * (2 * x)),
-    "sum": (lambda t, x: t.add(x, t.scale(x)), lambda x: x + 2 * x),
-    "dropout": (lambda t, x: t.dropout(x, 0.5), lambda x: nn.functional.dropout(x, 0.5)),
-    "no dropout": (lambda t, x: t.dropout(x, 0.0), lambda x: nn.functional.dropout(x, 0.0)),
-    "cast": (lambda t, x: t.cast(x, 2), lambda x: x.bfloat16()),
-    "constant": (lambda t, x: t.mul(x, Value("s h", 4, False)), lambda x: x * torch.ones(6, 8)),
+    "silu": (lambda g, x: g.activation(x, "silu"), silu),
+    "gelu": (lambda g, x: g.activation(x, "gelu"), nn.functional.gelu),
+    "gelu_new": (lambda g, x: g.activation(x, "gelu_new"), NewGELUActivation()),
+    "bloom": (lambda g, x: g.activation(x, "bloom"), BloomGelu()),
+    "product": (lambda g, x: g.mul(x, g.scale(x)), lambda x: x * (2 * x)),
+    "sum": (lambda g, x: g.add(x, g.scale(x)), lambda x: x + 2 * x),
+    "dropout": (lambda g, x: g.dropout(x, 0.5), lambda x: nn.functional.dropout(x, 0.5)),
+    "no dropout": (lambda g, x: g.dropout(x, 0.0), lambda x: nn.functional.dropout(x, 0.0)),
+    "cast": (lambda g, x: g.cast(x, 2), lambda x: x.bfloat16()),
+    "constant": (lambda g, x: g.mul(x, Value("s h", 4, False)), lambda x: x * torch.ones(6, 8)),
 }
 
 
@@ -80,10 +81,10 @@ def test_elementwise_operations(name, grad):
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("grad", [True, False])
 def test_norms(trained, grad):
-    for norm, play in ((nn.LayerNorm(8), Tape.layer_norm), (LlamaRMSNorm(8), Tape.rms_norm)):
+    for norm, play in ((nn.LayerNorm(8), Graph.layer_norm), (LlamaRMSNorm(8), Graph.rms_norm)):
         norm.requires_grad_(trained)
         measured = real(norm, hidden(grad), known=norm.parameters())
-        assert paper(lambda t, x: play(t, x, norm, "norm"), grad) == measured  # noqa: B023
+        assert paper(lambda g, x: play(g, x, norm, "norm"), grad) == measured  # noqa: B023
 
 
 def test_attention_eager_and_fused():
@@ -97,13 +98,13 @@ def test_attention_eager_and_fused():
     def fused(q, k, v):
         return scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-    def play(tape, _):
-        return tape.attention(*(Value("b a s d", 4, True) for _ in range(3)))
+    def play(graph, _):
+        return graph.attention(*(Value("b a s d", 4, True) for _ in range(3)))
 
     assert paper(play, fused=False) == real(eager, q, k, v) == 4 * (3 * 96 + 2 * 4 * 36)
     assert paper(play, fused=True) == real(fused, q, k, v)
 
 
 def test_a_dropout_mask_has_one_byte_an_element_on_cuda():
-    on = lambda device: paper(lambda t, x: t.dropout(x, 0.1), device=device)  # noqa: E731
+    on = lambda device: paper(lambda g, x: g.dropout(x, 0.1), device=device)  # noqa: E731
     assert on("cuda") * 4 == on("cpu") == 4 * 2 * 6 * 8
