@@ -556,8 +556,8 @@ METHODS = {
     "projected": lambda m, p: add_prefix_tuning(m, N, True, 8),
     "key_value": lambda m, p: add_p_tuning_v2(m, N),
     "hidden": lambda m, p: add_p_tuning_v2(m, N, "hidden"),
-    "lora": lambda m, p: add_lora(m, r=2, alpha=2, targets=p.targets),
-    "dora": lambda m, p: add_lora(m, r=2, alpha=2, targets=p.targets, dora=True),
+    "lora": lambda m, p: add_lora(m, r=2, alpha=2, targets=p.targets or p.read),
+    "dora": lambda m, p: add_lora(m, r=2, alpha=2, targets=p.targets or p.read, dora=True),
     "houlsby": lambda m, p: add_adapters(m, 4, "houlsby"),
     "pfeiffer": lambda m, p: add_adapters(m, 4, "pfeiffer"),
 }
