@@ -66,3 +66,16 @@ def test_no_method_fails_on_any_family(table):
 
 def test_a_refusal_or_a_family_that_is_not_built_has_a_sentence(table):
     assert all(row["sentence"] for row in table if row["result"] != "works")
+
+
+def test_the_readme_gives_its_counts(table):
+    readme = (families.TABLE.parents[1] / "README.md").read_text(encoding="utf-8")
+    for kind, title in (("causal", "causal language models"), ("classifier", "classifiers")):
+        rows = [r for r in table if r["kind"] == kind and r["result"] != "not built"]
+        built = {r["family"].partition(",")[0] for r in rows}
+        (line,) = (x for x in readme.splitlines() if x.startswith(f"| {title} |"))
+        counts = [sum(r["result"] == result for r in rows) for result in ("works", "refused")]
+        assert [cell.strip() for cell in line.split("|")[3:6]] == [f"{n:,}" for n in counts] + ["0"]
+        assert line.split("|")[2].split()[0].strip(",") == str(len(built))
+    lora = {r["result"] for r in table if (r["kind"], r["method"]) == ("causal", "lora")}
+    assert lora == {"works"}

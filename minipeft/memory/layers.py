@@ -113,10 +113,10 @@ def loss(graph, x, head):
     """The head and the cross-entropy, whose log-softmax is saved in float32: (b s V)."""
     if "l" in graph.dims:  # virtual tokens get no logits, but for the last one
         x = graph.copy(graph.view(x, "b l h", fresh=True), "b l h")
-    logits = graph.cast(apply(graph, head, x, "V", "head"), 4)
-    log_probs = graph.node("log-probabilities", [logits], logits.shape, 4, [OUTPUT])
-    if graph.cache and not graph.checkpointing:  # until here it holds what attention may not save
-        graph.nodes[-1].held.append(log_probs)
+    logits = apply(graph, head, x, "V", "head")
+    log_probs = graph.node("log-probabilities", [graph.cast(logits, 4)], logits.shape, 4, [OUTPUT])
+    if graph.cache and not graph.checkpointing:  # it may hold what attention does not save
+        graph.nodes[-1].held = [x, logits, log_probs]
     return graph.node("loss", [log_probs], "1", 4, [log_probs])
 
 
