@@ -32,8 +32,8 @@ class Memory:
     parts    {name: the largest size that this part reaches}; None if it is not measured by itself
     total    the peak: the most in use at one moment
     at_peak  {name: the size of this part at the peak}, which sum to `total`; empty if measured
-    moment   when the peak occurs: "forward pass" (with 4-bit weights, a prefix, or
-             long sequences in Bloom), "loss", "backward pass" or "optimizer step"
+    moment   when the peak occurs: "forward pass" (with 4-bit weights, or long
+             sequences in Bloom), "loss", "backward pass" or "optimizer step"
     kept     rows (operation, shape, bytes) of what one block saves; empty if measured
     """
 

@@ -76,7 +76,8 @@ class Graph:
         self.nodes, self.where = [], ""  # where: prefix of the names of new nodes
         self.blocks = []  # [index of the first node, index after the last, the input]
         self.shared = []  # made once and passed to all blocks, kept throughout by checkpointing
-        self.cache = []  # keys and values of all layers, held until the forward pass is over
+        self.cache = []  # keys and values of all layers
+        self.held = []  # what is held until the forward pass is over, if there is a cache
 
     def begin_block(self, x):
         self.blocks.append([len(self.nodes), None, x])
@@ -245,8 +246,8 @@ class Graph:
             return self.view(y, "b s h")
         autocast, width = self.autocast, 2 if self.autocast else v.width
         if self.fused:  # the fallback takes float32, scales q and k first, and knows no autocast
-            q, k, v = self.scale(self.cast(q, 4)), self.scale(self.cast(k, 4)), self.cast(v, 4)
-            self.autocast = False
+            q, k, v = (self.cast(x, 4) for x in (q, k, self.cast(v, width)))
+            q, k, self.autocast = self.scale(q), self.scale(k), False
         scores = self.scale(self.matmul(q, k, f"b a s {self.seen}", "queries and keys"))
         scores = self.cast(scores, 4 if upcast or autocast else v.width)
         probs = self.node("softmax output", [scores], scores.shape, scores.width, [OUTPUT])

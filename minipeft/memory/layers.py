@@ -114,9 +114,10 @@ def loss(graph, x, head):
     if "l" in graph.dims:  # virtual tokens get no logits, but for the last one
         x = graph.copy(graph.view(x, "b l h", fresh=True), "b l h")
     logits = apply(graph, head, x, "V", "head")
-    log_probs = graph.node("log-probabilities", [graph.cast(logits, 4)], logits.shape, 4, [OUTPUT])
-    if graph.cache and not graph.checkpointing:  # it may hold what attention does not save
-        graph.nodes[-1].held = [x, logits, log_probs]
+    wide = graph.cast(logits, 4)
+    log_probs = graph.node("log-probabilities", [wide], logits.shape, 4, [OUTPUT])
+    if not graph.checkpointing and graph.cache:
+        graph.held = [*graph.cache, x, logits, wide]
     return graph.node("loss", [log_probs], "1", 4, [log_probs])
 
 

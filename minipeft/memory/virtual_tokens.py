@@ -140,7 +140,8 @@ def fill_cache(graph, model):
     rows = [graph.view(table, "k n d") for _ in range(2 * virtual.shape[0])]
     graph.nodes[-1].fresh = True  # the gradients of all rows are stacked in a new tensor
     graph.cache = [graph.copy(row, "b k n d") for row in rows]
-    graph.shared += graph.cache
+    if graph.checkpointing:  # it is passed to the blocks, though their attention reads another
+        graph.shared += graph.cache
 
 
 def with_prefix(graph, model, layer, k, v):

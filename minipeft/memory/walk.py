@@ -22,8 +22,7 @@ def saved_by_block(graph):
 def forward_peak(graph):
     """The composition at the peak of the forward pass, or of a block that is recomputed, over the
     nodes that need memory for a moment: to make a weight from 4 bits, or because Python's variables
-    or a cache hold something. Empty if there is none; then the loss or the backward pass needs
-    more."""
+    hold something. Empty if there is none; then the loss or the backward pass needs more."""
     last_use = {x.storage: i for i, node in enumerate(graph.nodes) for x in node.inputs}
     last_use |= {x.storage: len(graph.nodes) for x in graph.cache}
     inputs = {begin: (end, x) for begin, end, x in graph.blocks}
@@ -84,7 +83,10 @@ class _Backward:
             self.now[_part(value, "activations")] += graph.bytes(value)
         self.largest = {"activations": self.now["activations"], "logits": 0, "gradients": 0}
         self.temporary = set()  # what a recomputed block saves
-        self.peaks = {"loss": Counter(self.now), "backward pass": Counter()}
+        loss = Counter(self.now)
+        for value in {x.storage for x in graph.held} - set(self.uses):
+            loss[_part(value, "temporaries")] += graph.bytes(value)
+        self.peaks = {"loss": loss, "backward pass": Counter()}
         self.flowing, self.have_gradient = {}, set()
 
     def run(self):
