@@ -32,15 +32,42 @@ def table():
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("family", DOZEN)
-def test_a_family_does_what_the_table_says(table, family):
+@pytest.mark.parametrize(
+    "kind, family",
+    [("causal", family) for family in DOZEN]
+    + [("classifier", family) for family in ("llama", "bert", "distilbert")],
+)
+def test_a_family_does_what_the_table_says(table, kind, family):
     said = {
         row["method"]: row["result"]
         for row in table
-        if (row["kind"], row["family"]) == ("causal", family)
+        if (row["kind"], row["family"]) == (kind, family)
     }
-    found = {method: result for _, _, _, method, result, _ in families.rows_of("causal", family)}
+    found = {method: result for _, _, _, method, result, _ in families.rows_of(kind, family)}
     assert found == said
+
+
+EXPECTED = {  # {family: {method: what it must be}}; the others may work or be refused
+    "llama": dict.fromkeys(families.METHODS, "works"),
+    "gpt2": dict.fromkeys(families.METHODS, "works"),
+    "gpt_neox": dict.fromkeys(families.METHODS, "works"),
+    "bloom": dict.fromkeys(("prompt", "prefix", "hidden", "lora", "houlsby"), "works"),
+    "opt": dict.fromkeys(("prompt", "prefix", "hidden", "lora", "houlsby"), "works"),
+    "bert": dict.fromkeys(("prompt", "prefix", "lora", "houlsby"), "works"),
+    "mixtral": {"lora": "works", "houlsby": "refused"},  # experts have no one output projection
+    "mixtral, no window": {"prompt": "works", "prefix": "works"},
+    "mistral": {"prefix": "refused", "lora": "works"},  # a window would lose sight of a prefix
+    "mistral, no window": {"prompt": "works", "prefix": "works", "houlsby": "works"},
+    "mamba": {"prompt": "refused", "prefix": "refused", "lora": "works"},  # no attention
+}
+
+
+@pytest.mark.parametrize("family", EXPECTED)
+def test_what_is_known_of_a_family_stands_in_the_table(table, family):
+    found = {
+        r["method"]: r["result"] for r in table if r["family"] == family if r["kind"] == "causal"
+    }
+    assert found | EXPECTED[family] == found
 
 
 def test_every_family_of_transformers_has_its_rows(table):

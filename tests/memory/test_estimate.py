@@ -77,7 +77,7 @@ def steps(draw):
     return name, options, lambda model: unfreeze(freeze(model), *patterns)
 
 
-@settings(max_examples=14, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(steps())
 @example(("qwen2", {"batch": 8, "seq": 2048, "attention": "eager"}, None))
 @example(("gpt2", {"batch": 1, "seq": 64}, None))
@@ -207,9 +207,11 @@ def test_the_long_sequences_of_bloom_peak_in_the_forward_pass():
 def test_lora_on_four_bit_weights_is_predicted_too():
     method = lambda model: add_lora(quantize_base(model), targets="c_attn")  # noqa: E731
     for options in ({"batch": 2, "seq": 128}, {"precision": "bfloat16"}, {"checkpointing": True}):
-        predicted, measured = (f(GPT2Config(), method, **options) for f in (estimate, measure))
+        predicted, measured = (
+            f(GPT2Config(n_layer=2), method, **options) for f in (estimate, measure)
+        )
         assert_close(predicted, measured, margin=0.001)
-    blocks, rest = 12 * 12 * 768**2, (50257 + 1024) * 768 * 4  # linear weights of GPT-2; embeddings
+    blocks, rest = 2 * 12 * 768**2, (50257 + 1024) * 768 * 4  # linear weights of GPT-2; embeddings
     assert measured.parts["parameters"] == pytest.approx(rest + blocks * 4.127 / 8, rel=0.02)
 
 
