@@ -157,7 +157,7 @@ def refuse_no_targets(batch, number, model):
         where = "every label after the first" if kind == CAUSAL else "every label"
         raise ValueError(
             f"Batch {number} has no target token: {where} is -100, so there is nothing to "
-            "logits_at_targets. Were the answers empty or cut off?"
+            "predict. Were the answers empty or cut off?"
         )
 
 

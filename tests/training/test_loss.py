@@ -5,7 +5,7 @@ import torch
 import transformers as hf
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
-from minipeft import add_lora, evaluate, train
+from minipeft import add_lora, evaluate, load_base, train
 from minipeft.freezing import trainable_parameters
 from minipeft.training.loss import KINDS, count_targets, kind_of, loss_sum
 
@@ -294,3 +294,15 @@ def test_lora_on_a_classifier_learns_its_rows():
     batch = batch_for("bert classes", 6)
     history = train(model, [batch], max_steps=40, lr=3e-2, progress=False)
     assert history.train_loss[-1] < 0.5 * history.train_loss[0]
+
+
+def test_a_batch_without_targets_is_refused_in_one_sentence():
+    model, _ = load_base("tiny", device="cpu")
+    ids = torch.arange(10)[None]
+    batch = {"input_ids": ids, "labels": torch.full_like(ids, -100)}
+    with pytest.raises(ValueError) as refused:
+        evaluate(model, [batch])
+    assert str(refused.value) == (
+        "Batch 0 has no target token: every label after the first is -100, so there is nothing to "
+        "predict. Were the answers empty or cut off?"
+    )
