@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import statistics
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -205,6 +206,22 @@ def test_qlora_compares_both_bases_in_every_round(tiny, tmp_path, monkeypatch):
     assert all(float(row["seconds"]) > 0 for row in rows)
     for row in rows + rows_of(FOLDER / "results" / "qlora-cpu.csv"):
         assert int(row["estimate"]) == pytest.approx(int(row["train_peak"]), rel=0.02), row
+
+
+def test_the_readme_says_what_qlora_measured():
+    rounds = {}
+    for row in rows_of(FOLDER / "results" / "qlora-cpu.csv"):
+        rounds.setdefault((row["seq"], row["round"]), {})[row["base"]] = float(row["seconds"])
+    ratios = {
+        seq: statistics.median(r["nf4"] / r["float32"] for (s, _), r in rounds.items() if s == seq)
+        for seq in ("64", "256")
+    }
+    readme = " ".join((FOLDER.parent / "README.md").read_text(encoding="utf-8").split())
+    wanted = (
+        f"takes {ratios['64']:.2f} times as long as on float32 with 4 x 64 tokens, "
+        f"and {ratios['256']:.2f} times with 4 x 256"
+    )
+    assert wanted in readme and len(rounds) == 2 * 12
 
 
 def test_distil_trains_the_last_blocks_alone(tiny, tmp_path, monkeypatch):

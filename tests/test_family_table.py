@@ -106,3 +106,7 @@ def test_the_readme_gives_its_counts(table):
         assert line.split("|")[2].split()[0].strip(",") == str(len(built))
     lora = {r["result"] for r in table if (r["kind"], r["method"]) == ("causal", "lora")}
     assert lora == {"works"}
+    window = sum("would not see them" in r["sentence"] for r in table if r["result"] == "refused")
+    assert f"would lose sight of them ({window})" in readme
+    unbuilt = [r for r in table if (r["kind"], r["result"]) == ("causal", "not built")]
+    assert len(unbuilt) == 10 and "Ten causal families could not be built" in readme

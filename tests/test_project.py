@@ -67,6 +67,15 @@ def test_every_link_of_the_readme_leads_somewhere():
             assert (ROOT / link).exists(), f"README links to {link}, which is not there"
 
 
+def test_every_path_that_contributing_names_is_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    paths = [name for name in re.findall(r"`([\w./]+)`", text) if "/" in name and "N" not in name]
+    assert len(paths) > 15
+    for name in paths:
+        places = (ROOT / name, ROOT / "minipeft" / name)
+        assert any(p.exists() for p in places), f"CONTRIBUTING names {name}, which is not there"
+
+
 def test_the_map_table_lists_each_notebook_with_its_files():
     rows = dict(re.findall(r"^\| (\d\d) \|(.*)$", README, re.M))
     assert sorted(rows) == [path.name[:2] for path in NOTEBOOKS]

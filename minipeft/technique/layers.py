@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from minipeft.freezing import modules_named
-from minipeft.refusals import refuse_size, require
+from minipeft.refusals import refuse_flag, refuse_size, require
 from minipeft.technique.on_model import freeze_base, has_numbers, heads, unmark
 
 SCALINGS = ("alpha/r", "rslora")
@@ -174,7 +174,7 @@ def check_settings(r, alpha, dropout, scaling, dora):
         scaling in list(SCALINGS),
         f"scaling={scaling!r} is none of {', '.join(map(repr, SCALINGS))}.",
     )
-    require(isinstance(dora, bool), f"dora={dora!r} is neither True nor False.")
+    refuse_flag("dora", dora)
 
 
 def _is_number(value):

@@ -67,15 +67,16 @@ class Record:
         """Note what differs from a snapshot, unless it is noted already."""
         parameters, modules = before
         known = {change.place() for change in self.changes}
-        new = [Values(p, d.clone()) for p, d, *_ in parameters if p.requires_grad]  # a head's
+        new = []
+        if not self.trainable:  # else the base is noted, and the rest is the technique's own
+            self.trainable = [(p, requires_grad) for p, _, requires_grad, _ in parameters]
+            new += [Values(p, d.clone()) for p, d, *_ in parameters if p.requires_grad]  # a head's
         for module, attributes, inner in modules:
             new += _entries(module, vars(module), attributes, Absent)
             for name, items in inner.items():
                 if vars(module).get(name) is attributes[name] and isinstance(items, dict):
                     new += _entries(module, attributes[name], items, name)
         self.changes += [change for change in new if change.place() not in known]
-        noted = {id(p) for p, _ in self.trainable}
-        self.trainable += [(p, flag) for p, _, flag, _ in parameters if id(p) not in noted]
 
     def exchange(self):
         for change in self.changes:

@@ -124,6 +124,7 @@ def train(
     eval_at = due(eval_every or max_steps, max_steps) if eval_batches is not None else set()
     save_every = save_every or math.ceil(max_steps / 10)
     save_at = due(save_every, max_steps) if checkpoint_dir is not None else set()
+    read_at = due(READ_EVERY, max_steps) | eval_at | save_at
     run = begin_or_resume(call, groups, model, batches, stepper, save_at)
     history, results = run.history, Results(run.history, call)
     refuse = refuse_batch if loss_sum is DEFAULT_LOSS else refuse_no_targets
@@ -149,7 +150,7 @@ def train(
             norm, skipped = stepper.step(loss)
             results.append(loss, norm, skipped)
             done = step + 1
-            if done % READ_EVERY == 0 or done in {max_steps} | eval_at | save_at:
+            if done in read_at:
                 results.read()
                 bar.set_postfix(loss=f"{history.train_loss[-1]:.3f}", refresh=False)
             if done in eval_at:
