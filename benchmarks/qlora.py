@@ -17,13 +17,13 @@ import random
 from pathlib import Path
 
 import torch
-from step import interval, median, seconds, tuned_step
 from tqdm import tqdm
 
 from minipeft import add_lora, load_base, pick_device, train
 from minipeft.memory.estimate import estimate
 from minipeft.memory.measure import Tracker
 from minipeft.quantization import quantize_base
+from step import interval, median, seconds, tuned_step
 from this_machine import this_machine
 
 RESULTS = Path(__file__).parent / "results"

@@ -19,11 +19,11 @@ import argparse
 import csv
 import random
 import weakref
+from functools import partial
 from pathlib import Path
 
 import peft
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
@@ -35,41 +35,28 @@ from minipeft import (
     load_base,
     pick_device,
 )
+from minipeft.memory.measure import Tracker
 from this_machine import seconds, this_machine
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-class PeakMemory(TorchDispatchMode):
-    """Bytes of the storages that are made while it is on: now alive, and the most at one time."""
+class PeakMemory(Tracker):
+    """Counts only the storages made in the block: those of an operation's inputs exist already."""
 
     def __init__(self):
-        super().__init__()
-        self.alive, self.peak, self.seen = 0, 0, set()
+        super().__init__([], 0, 0)
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        before = {self._key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and self._key(tensor) not in before:
-                self._watch(tensor.untyped_storage())
-        return out
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                forget = partial(self.forget, storage._cdata)
+                self.alive.setdefault(storage._cdata, weakref.ref(storage, forget))
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
-    @staticmethod
-    def _key(tensor):
-        return tensor.untyped_storage()._cdata
-
-    def _watch(self, storage):
-        if storage._cdata in self.seen:
-            return
-        self.seen.add(storage._cdata)
-        self.alive += storage.nbytes()
-        self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
-
-    def _gone(self, key, size):
-        self.seen.discard(key)
-        self.alive -= size
+    def forget(self, key, _):
+        del self.alive[key]
 
 
 def tuned_step(model, batch):

@@ -22,14 +22,18 @@ def this_machine():
     }
 
 
-def rows_so_far(path):
-    """The rows of a CSV that were measured on this device, as dicts of strings; none if there is
-    no such file yet. What another device did is not done here."""
+def all_rows(path):
+    """The rows of a CSV as dicts of strings; none if there is no such file yet."""
     if not path.exists():
         return []
-    with open(path, newline="") as file:
-        device = this_machine()["device"]
-        return [row for row in csv.DictReader(file) if row["device"] == device]
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def rows_so_far(path):
+    """The rows of a CSV that were measured on this device: what another did is not done here."""
+    device = this_machine()["device"]
+    return [row for row in all_rows(path) if row["device"] == device]
 
 
 def seconds(work, device):
@@ -48,7 +52,9 @@ def append_rows(path, columns, rows):
     """Append rows, dicts whose missing columns stay empty, to a CSV; a new file gets its header."""
     path.parent.mkdir(exist_ok=True)
     new = not path.exists()
-    with open(path, "a", newline="") as file:  # a run at a time, and only whole ones
+    with open(
+        path, "a", newline="", encoding="utf-8"
+    ) as file:  # a run at a time, and only whole ones
         writer = csv.DictWriter(file, columns, restval="")
         if new:
             writer.writeheader()

@@ -2,7 +2,7 @@
 
 from minipeft.adapter_files.folder import load_adapter, save_adapter
 from minipeft.adapters import add_adapters
-from minipeft.assets.datasets import load_dialogues, load_instructions, load_reviews
+from minipeft.assets.datasets import load_dialogues, load_grades, load_instructions, load_reviews
 from minipeft.assets.fetch import AssetError
 from minipeft.assets.models import budget, load_base, pick_device
 from minipeft.batching import Batches, Collator, encode, padding_share, position_ids_from_mask
@@ -46,6 +46,7 @@ __all__ = [
     "load_adapter",
     "load_base",
     "load_dialogues",
+    "load_grades",
     "load_instructions",
     "load_reviews",
     "lora_plus_groups",

@@ -1,16 +1,20 @@
-"""Distillation: a small student learns what a large teacher says (Hinton et al. 2015, section 2).
+"""Distillation: train a small student to match a large teacher (Hinton et al. 2015, section 2).
 
     loss = alpha * CE(label, q_1) + (1 - alpha) * T^2 * KL(p_T || q_T)    q_T = softmax(logits / T)
 
-p is the teacher, q the student. The soft part falls like 1/T^2; the factor T^2 undoes that. The
-student may be cut out of the teacher, be led by its hidden states, and learn from its answers, or
-from answers of its own that the teacher judges.
+p is the teacher's distribution, q the student's. The KL term shrinks like 1/T^2, which the factor
+T^2 undoes. The student may be built from layers of the teacher, may also match its hidden states,
+and may be trained on answers that the teacher or the student itself generates.
 """
 
 import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 
 from minipeft.freezing import blocks
 from minipeft.targets import logits_at_targets, send, target_places
@@ -18,14 +22,17 @@ from minipeft.targets import logits_at_targets, send, target_places
 DIVERGENCES = ("forward", "reverse")
 
 
-def hard_and_soft(student, teacher, targets, temperature=2.0, divergence="forward"):
-    """(cross-entropy, T^2 * KL), each summed over the targets, in nats, in float32 or wider.
+def hard_and_soft(student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor,
+                  temperature: float = 2.0, divergence: str = "forward",
+                  ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return (cross-entropy, T^2 * KL), each summed over the targets, in nats, float32 or wider.
 
-    student, teacher: logits (targets, vocab) that predict `targets` (targets,).
-    divergence: "forward" is KL(teacher || student): the student must cover all that the teacher
-    finds likely. "reverse" is KL(student || teacher): it must keep to what the teacher finds likely
-    (Gu et al. 2023, section 2). Tokens whose logit is -inf in both count nothing.
-    Raises ValueError for logits of different shapes, a temperature not above 0, or another name.
+    student, teacher: logits (targets, vocab). targets: (targets,).
+    divergence: "forward" is KL(teacher || student), large where the teacher's probability is high
+    and the student's low. "reverse" is KL(student || teacher), large where it is the other way
+    round (Gu et al. 2023, section 2). Tokens whose logit is -inf in both contribute 0.
+    Raises ValueError for logits of different shapes, a temperature not above 0, and an unknown
+    divergence.
     """
     if student.shape != teacher.shape:
         raise ValueError(
@@ -42,20 +49,21 @@ def hard_and_soft(student, teacher, targets, temperature=2.0, divergence="forwar
     log_p = (teacher / temperature).log_softmax(-1)  # (targets, vocab)
     log_q = (student / temperature).log_softmax(-1)
     first, second = (log_p, log_q) if divergence == "forward" else (log_q, log_p)
-    share = first.exp()
-    gap = torch.where(share > 0, first - second, 0.0)  # 0 * (-inf) would be NaN
-    return hard, temperature**2 * (share * gap).sum()
+    probs = first.exp()  # (targets, vocab)
+    log_ratio = torch.where(probs > 0, first - second, 0.0)  # 0 * (-inf) would be NaN
+    return hard, temperature**2 * (probs * log_ratio).sum()
 
 
-def distillation_loss(
-    student_logits, teacher_logits, labels, alpha=0.5, temperature=2.0, divergence="forward"
-):
-    """(loss, hard, soft) per target token: loss = alpha * hard + (1 - alpha) * soft.
+def distillation_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor,
+                      labels: torch.Tensor, alpha: float = 0.5, temperature: float = 2.0,
+                      divergence: str = "forward",
+                      ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return (loss, hard, soft), means over the targets: loss = alpha * hard + (1 - alpha) * soft.
 
-    Logits are (batch, seq, vocab); labels (batch, seq) are not shifted, and -100 is no target.
-    `soft` holds its factor T^2. No gradient goes into the teacher's logits.
+    Logits: (batch, seq, vocab). labels: (batch, seq), not shifted, -100 is ignored. `soft` includes
+    the factor T^2. The teacher's logits get no gradient.
     Raises ValueError as `hard_and_soft` does, for an alpha outside [0, 1], labels of another shape,
-    and for a batch without a target.
+    and a batch without targets.
     """
     _check_alpha(alpha)
     if student_logits.shape[:-1] != labels.shape:
@@ -63,17 +71,16 @@ def distillation_loss(
             f"Labels {tuple(labels.shape)} do not fit logits {tuple(student_logits.shape)}; give "
             "(batch, seq) and (batch, seq, vocab), without cutting or shifting either."
         )
-    counted = labels[:, 1:] != -100  # (batch, seq - 1): the logits at t predict the label at t + 1
-    if not counted.any():
+    mask = labels[:, 1:] != -100  # (batch, seq - 1): the logits at t predict the label at t + 1
+    if not mask.any():
         raise ValueError("There is no target: every label after the first is -100.")
     teacher_logits = teacher_logits.detach()
-    if teacher_logits.shape == student_logits.shape:
-        teacher_logits = teacher_logits[:, :-1][counted]
-        student_logits = student_logits[:, :-1][counted]
-    parts = hard_and_soft(
-        student_logits, teacher_logits, labels[:, 1:][counted], temperature, divergence
-    )
-    hard, soft = (part / counted.sum() for part in parts)
+    if teacher_logits.shape == student_logits.shape:  # else hard_and_soft raises
+        teacher_logits = teacher_logits[:, :-1][mask]  # (targets, vocab)
+        student_logits = student_logits[:, :-1][mask]
+    targets = labels[:, 1:][mask]  # (targets,)
+    sums = hard_and_soft(student_logits, teacher_logits, targets, temperature, divergence)
+    hard, soft = (s / mask.sum() for s in sums)
     return _mix(alpha, hard, soft), hard, soft
 
 
@@ -83,19 +90,23 @@ def _check_alpha(alpha):
 
 
 def _mix(alpha, hard, soft):
-    """A part of weight 0 is left out, so that an infinite one does no harm."""
-    return sum(weight * part for weight, part in ((alpha, hard), (1 - alpha, soft)) if weight)
+    """A term of weight 0 is left out, because it may be infinite."""
+    return sum(weight * term for weight, term in ((alpha, hard), (1 - alpha, soft)) if weight)
 
 
-def hidden_loss(student_states, teacher_states, pairs, projection=None):
-    """How far hidden states are apart, relative to the teacher's: 0 is equal. Returns (...,).
+def hidden_loss(
+    student_states: Sequence[torch.Tensor],
+    teacher_states: Sequence[torch.Tensor],
+    pairs: Sequence[tuple[int, int]],
+    projection: nn.Module | None = None,
+) -> torch.Tensor:
+    """|student - teacher|^2 / |teacher|^2 at each position, (...,), averaged over `pairs`.
 
-    |student - teacher|^2 / |teacher|^2 at each position, averaged over `pairs` of (student index,
-    teacher index). States are `hidden_states` of transformers, or the same positions taken out of
-    each, (..., hidden): 0 is the embedding, k what leaves block k, and the last one has been
-    through the final norm, so that the head alone is missing.
+    pairs: (student index, teacher index). States: `hidden_states` of transformers, or some of their
+    positions, (..., hidden). Index 0 is the embedding, k the output of block k; the last one has
+    also been through the final norm.
     projection: a trainable module from the student's width to the teacher's, if they differ.
-    Raises ValueError for no pairs, an index that is not there, and shapes that differ.
+    Raises ValueError for no pairs, an index out of range, and states of different shapes.
     """
     for states, side, who in ((student_states, 0, "student"), (teacher_states, 1, "teacher")):
         if not pairs or any(not 0 <= pair[side] < len(states) for pair in pairs):
@@ -103,7 +114,7 @@ def hidden_loss(student_states, teacher_states, pairs, projection=None):
                 f"pairs={list(pairs)} does not name states of the {who}, which has 0 to "
                 f"{len(states) - 1}."
             )
-    total = 0.0
+    total: Any = 0.0
     for ours, theirs in ((student_states[s], teacher_states[t]) for s, t in pairs):
         ours = ours if projection is None else projection(ours)
         if ours.shape != theirs.shape:
@@ -113,18 +124,20 @@ def hidden_loss(student_states, teacher_states, pairs, projection=None):
             )
         wide = torch.promote_types(ours.dtype, torch.float32)
         ours, theirs = ours.to(wide), theirs.to(ours.device, wide)
-        size = theirs.square().sum(-1).clamp(min=1e-12)  # (...,)
-        total = total + (ours - theirs).square().sum(-1) / size
+        norm = theirs.square().sum(-1).clamp(min=1e-12)  # (...,)
+        total = total + (ours - theirs).square().sum(-1) / norm
     return total / len(pairs)
 
 
-def distil_from(teacher, alpha=0.5, temperature=2.0, divergence="forward", pairs=(),
-                hidden_weight=1.0, projection=None):  # fmt: skip
-    """The `loss_sum` that makes `minipeft.train` a distillation: a function (student, batch).
+def distil_from(teacher: PreTrainedModel, alpha: float = 0.5, temperature: float = 2.0,
+                divergence: str = "forward", pairs: Sequence[tuple[int, int]] = (),
+                hidden_weight: float = 1.0, projection: nn.Module | None = None,
+                ) -> Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor]:  # fmt: skip
+    """Return a `loss_sum` for `minipeft.train`: a function of (student, batch).
 
-    The teacher is put in eval mode and gets no gradient. With `pairs`, hidden_weight times the
-    `hidden_loss` at the positions that predict a target is added. A projection is trained if it is
-    a submodule of the student. Raises ValueError as the losses do.
+    The teacher is put into eval mode and gets no gradient. With `pairs`, hidden_weight times
+    `hidden_loss` is added at the positions that predict a target. The projection is trained if it
+    is a submodule of the student. Raises ValueError as the losses do.
     """
     _check_alpha(alpha)
     teacher.eval()
@@ -133,30 +146,30 @@ def distil_from(teacher, alpha=0.5, temperature=2.0, divergence="forward", pairs
         options = {"output_hidden_states": True} if pairs else {}
         output, logits, targets = logits_at_targets(student, batch, **options)
         with torch.no_grad():
-            theirs, wanted, _ = logits_at_targets(teacher, batch, **options)
-        loss = _mix(alpha, *hard_and_soft(logits, wanted, targets, temperature, divergence))
+            teacher_output, teacher_logits, _ = logits_at_targets(teacher, batch, **options)
+        loss = _mix(alpha, *hard_and_soft(logits, teacher_logits, targets, temperature, divergence))
         if pairs:
-            at = target_places(batch)  # rows and columns of the positions that predict a target
+            places = target_places(batch)  # (rows, columns) of the positions that predict a target
             states = (
-                [state[tuple(send(i, state.device) for i in at)] for state in one.hidden_states]
-                for one in (output, theirs)
+                [h[tuple(send(i, h.device) for i in places)] for h in each.hidden_states]
+                for each in (output, teacher_output)
             )
             loss = loss + hidden_weight * hidden_loss(*states, pairs, projection).sum()
         return loss
 
     settings = alpha, temperature, divergence, tuple(pairs), hidden_weight
-    loss_sum.__qualname__ = f"distil_from{settings}"  # a checkpoint tells two such losses apart
+    loss_sum.__qualname__ = f"distil_from{settings}"  # by which checkpoints compare losses
     return loss_sum
 
 
-def student_from_layers(teacher, keep):
-    """A new model of the teacher's class with copies of its blocks `keep` and of all the rest.
+def student_from_layers(teacher: PreTrainedModel, keep: Iterable[int]) -> PreTrainedModel:
+    """A new model of the teacher's class with copies of its blocks `keep` and of everything else.
 
-    keep: increasing block numbers, such as range(15) or range(0, 30, 2). Attention layers are
-    numbered anew for the cache, and lists with an entry for each layer in the config are cut. All
-    parameters require grad. Bytes: the teacher's, less those of the blocks left out.
-    Raises ValueError for numbers that are not there or out of order, and for a teacher that is not
-    a plain model of its class, because of a technique or 4-bit weights.
+    keep: increasing indices of blocks, such as range(15) or range(0, 30, 2). The layers are
+    renumbered for the KV cache, and per-layer lists in the config are shortened. All parameters
+    require grad. The memory is that of the teacher without the other blocks.
+    Raises ValueError for indices out of range or order, and for a teacher with a technique or 4-bit
+    weights.
     """
     stack, keep = blocks(teacher), list(keep)
     if not keep or keep != sorted(set(keep)) or not set(keep) <= set(range(len(stack))):
@@ -170,15 +183,15 @@ def student_from_layers(teacher, keep):
         if "layer" in name and isinstance(value, list | tuple) and len(value) == len(stack):
             setattr(config, name, [value[i] for i in keep])
     config.num_hidden_layers = len(keep)
-    with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
+    with torch.random.fork_rng(devices=[]):  # keep the caller's random state
         student = type(teacher)._from_config(config, dtype=teacher.dtype)
     path = next(name for name, module in teacher.named_modules() if module is stack)
     state = dict(teacher.state_dict())
     for name in [name for name in state if name.startswith(f"{path}.")]:
-        number, _, rest = name.removeprefix(f"{path}.").partition(".")
+        index, _, rest = name.removeprefix(f"{path}.").partition(".")
         value = state.pop(name)
-        if int(number) in keep:
-            state[f"{path}.{keep.index(int(number))}.{rest}"] = value
+        if int(index) in keep:
+            state[f"{path}.{keep.index(int(index))}.{rest}"] = value
     foreign = sorted(state.keys() ^ student.state_dict().keys())
     if foreign:
         raise ValueError(
@@ -191,13 +204,18 @@ def student_from_layers(teacher, keep):
 
 
 @torch.no_grad()
-def written_by(model, prompts, max_new_tokens=20, **options):
-    """Let `model` answer a batch of prompts; the answers, as rows to train on, are the targets.
+def written_by(
+    model: PreTrainedModel,
+    prompts: Mapping[str, torch.Tensor],
+    max_new_tokens: int = 20,
+    **options: Any,
+) -> list[dict[str, list[int]]]:
+    """Generate answers to a batch of prompts. Returns rows to train on, with the answers as labels.
 
-    prompts: input_ids and attention_mask (batch, seq), padded on the left. `options` go to
-    `generate`, for example do_sample=True. Returns a list of {"input_ids", "labels"}, unpadded, for
-    a Collator. An answer that was cut at max_new_tokens has no end token.
-    Of the teacher's answers: sequence-level distillation (Kim and Rush 2016, section 3.2).
+    prompts: input_ids and attention_mask (batch, seq), left-padded. `options` go to `generate`, for
+    example do_sample=True. The rows have input_ids and labels, unpadded, for a Collator. An answer
+    cut off at max_new_tokens has no EOS.
+    With the teacher this is sequence-level distillation (Kim and Rush 2016, section 3.2).
     """
     was_training = model.training
     prompts = {k: prompts[k].to(model.device) for k in ("input_ids", "attention_mask")}
@@ -215,20 +233,26 @@ def written_by(model, prompts, max_new_tokens=20, **options):
 
 
 class OnPolicy:
-    """Batches that the student writes itself, at every pass anew, for `minipeft.train`.
+    """Batches with answers that the student generates, new ones in every epoch.
 
-    The teacher judges them through `distil_from(teacher, alpha=0)`: the student is mended where its
-    own words lead it (Agarwal et al. 2023, section 3). No gradient goes through the sampling.
-    batches: prompts without answers, padded on the left; collate: pads what was written.
+    Train on them with `distil_from(teacher, alpha=0)`: the student then matches the teacher on its
+    own outputs (Agarwal et al. 2023, section 3). No gradient flows through the sampling.
+    batches: left-padded prompts without answers. collate: pads rows. options: see `written_by`.
     """
 
-    def __init__(self, student, batches, collate, **options):
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        batches: Iterable[dict[str, torch.Tensor]],
+        collate: Callable[[list[dict[str, list[int]]]], dict[str, torch.Tensor]],
+        **options: Any,
+    ) -> None:
         self.student, self.batches, self.collate, self.options = student, batches, collate, options
 
-    def set_epoch(self, epoch):
+    def set_epoch(self, epoch: int) -> None:
         if hasattr(self.batches, "set_epoch"):
             self.batches.set_epoch(epoch)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         for prompts in self.batches:
             yield self.collate(written_by(self.student, prompts, **self.options))

@@ -1,22 +1,26 @@
-"""Judge a model by the answers it gives: label words, and how sure a percentage is."""
+"""Evaluate a model: classify by label words, complete prompts, confidence intervals."""
 
 import inspect
 import itertools
 import math
 import operator
 import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minipeft.batching import Collator, encode
-from minipeft.refusals import refuse_size, shown
+from minipeft.prompts import Prompt
+from minipeft.refusals import refuse_size, require, shown
 from minipeft.technique.on_model import evaluating
 
 
 def _list_of(prompts, model, who):
-    """The prompts as a list; ValueError if it is none, or if `model` cannot continue them."""
+    """The prompts as a list. Raises ValueError unless `model` is a causal language model."""
     causal = isinstance(model, nn.Module) and callable(getattr(model, "generate", None))
     if not causal or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(
@@ -33,7 +37,7 @@ def _list_of(prompts, model, who):
 
 
 def _by_length(rows, size):
-    """Numbers of rows of one length, at most `size` together, from the shortest to the longest."""
+    """Batches of indices of rows of equal length, at most `size` each, shortest rows first."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for _, same in itertools.groupby(order, key=lambda i: len(rows[i])):
         same = list(same)
@@ -41,103 +45,121 @@ def _by_length(rows, size):
 
 
 def _left_padded(tokenizer, prompts, device):
-    """(input_ids, mask), each (batch, seq): all prompts end in the last column (claim 1)."""
+    """(input_ids, attention_mask), each (batch, seq), padded on the left (claim 1)."""
     rows = [encode(tokenizer, prompt) for prompt in prompts]
     batch = Collator(_pad(tokenizer) or 0, "left")(rows)
     return batch["input_ids"].to(device), batch["attention_mask"].to(device)
 
 
 def _pad(tokenizer):
-    """What to pad with. It is masked, so the end token will do, as in `generate`."""
+    """The id to pad with; padding is masked, so EOS will do, as in `generate`."""
     pad = tokenizer.pad_token_id
     return pad if pad is not None else tokenizer.eos_token_id
 
 
 def _takes(model, name):
-    """Has the forward of the model, inside of HF peft's wrapper, an argument of this name?"""
-    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    """Does the model's forward have an argument of this name?"""
+    bare = model.get_base_model() if hasattr(model, "get_base_model") else model  # HF peft wraps it
     return name in inspect.signature(bare.forward).parameters
 
 
 @torch.no_grad()
-def classify(model, tokenizer, prompts, choices=(" negative", " positive"), batch_size=32):
-    """Which of `choices` does the model find likeliest as the next token of each prompt?
+def classify(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Iterable[Prompt],
+    choices: Sequence[str] = (" negative", " positive"),
+    batch_size: int = 32,
+) -> torch.Tensor:
+    """Find the most probable of `choices` as the next token of each prompt.
 
-    Prompts are those of `encode`: texts, or chats. Only the first token of a choice is compared, so
-    the first tokens must differ. Prompts of one length share a batch, so nothing is padded, and
-    each is read as it would be alone, however the model counts its positions.
-    Returns an int64 tensor of shape (number of prompts,): the index of the winning choice.
-    Raises ValueError if a prompt is empty, if two choices begin with the same token, and for a
-    model that is no causal language model.
+    Prompts are texts or chats, as in `encode`. Only the first tokens of the choices are compared,
+    so they must differ. A batch holds prompts of equal length, so nothing is padded and the result
+    does not depend on how the model numbers positions.
+    Returns the indices of the winning choices, int64 (number of prompts,).
+    Raises ValueError if a prompt is empty, if two choices begin with the same token, and unless
+    `model` is a causal language model.
     """
-    prompts = _list_of(prompts, model, "classify")
+    prompt_list = _list_of(prompts, model, "classify")
     refuse_size("batch_size", batch_size, "number of prompts")
     texts = isinstance(choices, list | tuple) and all(isinstance(c, str) for c in choices)
-    if not texts or len(choices) < 2:
-        raise ValueError(f"choices={shown(choices)} is no list of two texts or more.")
-    rows = [encode(tokenizer, prompt)["input_ids"] for prompt in prompts]
+    require(
+        texts and len(choices) >= 2,
+        f"choices={shown(choices)} is no list of two texts or more.",
+    )
+    rows = [encode(tokenizer, prompt)["input_ids"] for prompt in prompt_list]
     words = [tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in choices]
-    if not all(words):
-        raise ValueError(f"A choice is empty: {choices}.")
+    require(all(words), f"A choice is empty: {choices}.")
     first = [word[0] for word in words]
-    if len(set(first)) < len(first):
-        raise ValueError(
-            f"The choices {choices} cannot be told apart by their first token: {first}. "
-            "Choose words that begin differently."
-        )
+    require(
+        len(set(first)) == len(first),
+        f"The choices {choices} cannot be told apart by their first token: {first}. "
+        "Choose words that begin differently.",
+    )
     device = next(model.parameters()).device
     options = {"use_cache": False, "logits_to_keep": 1}
-    if _takes(model, "input_ids"):  # else it is wrapped, and passes them on
+    if _takes(model, "input_ids"):  # otherwise a wrapper with **kwargs, which passes them on
         options = {name: value for name, value in options.items() if _takes(model, name)}
     winners = torch.empty(len(rows), dtype=torch.int64)
     batches = list(_by_length(rows, batch_size))
     with evaluating(model):
-        # The bar shows itself only where the answer takes more than two seconds.
-        for numbers in tqdm(batches, file=sys.stdout, unit="batch", delay=2, leave=False):
-            ids = torch.tensor([rows[i] for i in numbers], device=device)  # (batch, seq)
+        # The progress bar appears after two seconds.
+        for indices in tqdm(batches, file=sys.stdout, unit="batch", delay=2, leave=False):
+            ids = torch.tensor([rows[i] for i in indices], device=device)  # (batch, seq)
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **options).logits
-            winners[numbers] = logits[:, -1, first].argmax(-1).cpu()
+            winners[indices] = logits[:, -1, first].argmax(-1).cpu()
     return winners
 
 
 @torch.no_grad()
-def complete(model, tokenizer, prompts, max_new_tokens=20, **options):
-    """Continue each prompt; greedy unless `options` (those of `generate`) say otherwise.
+def complete(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Iterable[Prompt],
+    max_new_tokens: int = 20,
+    **options: Any,
+) -> list[str]:
+    """Continue each prompt, greedily unless `options` (of `generate`) say otherwise.
 
-    Prompts are those of `encode`: texts, or chats. They are padded on the left (claim 1), and
-    `generate` numbers their positions. To a model that counts them itself, such as Bloom or the
-    decoder of BART, only prompts of one length are given together.
-    Returns a list of strings: the new text only, without special tokens.
-    Raises ValueError if a prompt is empty, and for a model that is no causal language model, or
-    whose positions `generate` counts wrong.
+    Prompts are texts or chats, as in `encode`. They are padded on the left (claim 1), with
+    position_ids from `generate`. If the model does not take position_ids, such as Bloom, a batch
+    holds only prompts of equal length.
+    Returns the new text of each, without special tokens.
+    Raises ValueError if a prompt is empty, unless `model` is a causal language model, and if
+    `generate` numbers its positions wrong.
     """
-    prompts = _list_of(prompts, model, "complete")
+    prompt_list = _list_of(prompts, model, "complete")
     refuse_size("max_new_tokens", max_new_tokens, "number of tokens")
-    if not prompts:
+    if not prompt_list:
         return []
-    rows = [encode(tokenizer, prompt)["input_ids"] for prompt in prompts]
-    device, texts = next(model.parameters()).device, {}
+    rows = [encode(tokenizer, prompt)["input_ids"] for prompt in prompt_list]
+    device = next(model.parameters()).device
+    texts: dict[int, list[str]] = {}
+    generate: Any = model.generate
     options = {"do_sample": False, "pad_token_id": _pad(tokenizer), **options}
     with evaluating(model):
         if _takes(model, "position_ids"):
             _refuse_other_positions(model, torch.tensor([min(rows, key=len)], device=device))
-            together = [list(range(len(rows)))]
+            batches = [list(range(len(rows)))]
         else:
-            together = _by_length(rows, len(rows))
-        for numbers in together:
-            ids, mask = _left_padded(tokenizer, [prompts[i] for i in numbers], device)
-            out = model.generate(
+            batches = list(_by_length(rows, len(rows)))
+        for indices in batches:
+            ids, mask = _left_padded(tokenizer, [prompt_list[i] for i in indices], device)
+            out = generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, **options
             )
             out = getattr(out, "sequences", out)[:, ids.shape[1] :]  # (batch, new tokens)
             new = tokenizer.batch_decode(out, skip_special_tokens=True)
-            each = len(new) // len(numbers)  # more than one with num_return_sequences
-            texts |= {i: new[k * each : (k + 1) * each] for k, i in enumerate(numbers)}
+            each = len(new) // len(indices)  # more than one with num_return_sequences
+            texts |= {i: new[k * each : (k + 1) * each] for k, i in enumerate(indices)}
     return [text for i in range(len(rows)) for text in texts[i]]
 
 
 def _refuse_other_positions(model, ids):
-    """`generate` numbers positions 0, 1, ...; RoBERTa counts from its padding token's id on."""
+    """Raise ValueError unless positions 0, 1, ..., as `generate` gives, are the model's own.
+
+    RoBERTa, for one, starts after the id of its padding token.
+    """
     mask, count = torch.ones_like(ids), torch.arange(ids.shape[1], device=ids.device)
     own = model(input_ids=ids, attention_mask=mask).logits[0, -1].float()
     given = model(input_ids=ids, attention_mask=mask, position_ids=count[None]).logits[0, -1]
@@ -148,12 +170,12 @@ def _refuse_other_positions(model, ids):
         )
 
 
-def wilson_interval(correct, total, z=1.96):
-    """The Wilson score interval of a share (Wilson 1927): 95 % sure for z = 1.96.
+def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """The Wilson score interval of a proportion (Wilson 1927), at 95 % confidence for z = 1.96.
 
-    `correct` of `total` answers were right. Returns (low, high), both in [0, 1].
-    It stays inside [0, 1] and is honest for few rows, where p +- z * sqrt(p (1 - p) / n) is not.
-    Raises ValueError for numbers that are no share, and a z that is not above 0.
+    `correct` of `total` answers are right. Returns (low, high), within [0, 1]. For few answers its
+    coverage is close to the nominal one, unlike that of p +- z * sqrt(p (1 - p) / n).
+    Raises ValueError unless 0 <= correct <= total and total > 0, and for a z not above 0.
     """
     try:
         correct, total = operator.index(correct), operator.index(total)

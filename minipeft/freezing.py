@@ -1,8 +1,8 @@
-"""Decide what is trained: freeze the base, unfreeze parts of it by module, count.
+"""Freeze the base model, unfreeze parts of it, and count parameters.
 
-A frozen parameter has requires_grad=False. It gets no gradient at all (None, not zero), while
-gradients still flow through it to what lies before it (claim 13). Each `only_...` freezes the
-whole model and then unfreezes one kind of part.
+A frozen parameter has requires_grad=False. Its gradient is None, not zero, and gradients still flow
+through it to earlier layers (claim 13). Each `only_...` freezes the whole model and then unfreezes
+one kind of parameter.
 """
 
 import difflib
@@ -10,12 +10,12 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from minipeft.refusals import refuse_flag, refuse_no_model, require, shown
+from minipeft.refusals import Model, refuse_flag, refuse_no_model, require, shown
 
 
-def freeze(model):
+def freeze(model: Model) -> Model:
     """Set requires_grad=False on every parameter. Returns the model."""
     refuse_no_model(model)
     for parameter in model.parameters():
@@ -24,33 +24,30 @@ def freeze(model):
     return model
 
 
-def unfreeze(model, *module_patterns):
+def unfreeze(model: Model, *module_patterns: str) -> Model:
     """Set requires_grad=True on the parameters of every module that a pattern matches.
 
-    A pattern is a dotted module name, in which * stands for anything: "model.layers.29",
-    "*norm*", "lm_head". With no pattern, everything is unfrozen. A tied weight is one tensor, so
-    unfreezing the head also unfreezes the embedding that shares it. Returns the model.
-    Raises ValueError for a pattern that matches no module with parameters, and for one that
-    matches quantised weights, which cannot be trained.
+    A pattern is a dotted module name, in which * matches anything: "model.layers.29", "*norm*",
+    "lm_head". Without a pattern, everything is unfrozen. A tied weight is one tensor, so unfreezing
+    the head also unfreezes the embedding that shares it. Returns the model.
+    Raises ValueError for a pattern that matches no module with parameters, or quantised weights.
     """
     refuse_no_model(model)
-    names = [
-        name for name, module in model.named_modules() if any(True for _ in module.parameters())
-    ]
-    matched = set()
+    names = [n for n, m in model.named_modules() if any(True for _ in m.parameters())]
+    matched: set[str] = set()
     for pattern in module_patterns or ("*",):
         require(
             isinstance(pattern, str) and pattern,
             f"{shown(pattern)} is no pattern; give names of modules one by one, as texts.",
         )
-        fitting = {name for name in names if fnmatchcase(name, pattern)}
-        if not fitting:
+        matches = {name for name in names if fnmatchcase(name, pattern)}
+        if not matches:
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
             raise ValueError(
                 f"No module with parameters is named {pattern!r}"
                 + (f"; near it are {', '.join(near)}." if near else ".")
             )
-        matched |= fitting
+        matched |= matches
     modules = [model.get_submodule(name) for name in sorted(matched)]
     _refuse_quantised(model, *modules)
     for module in modules:
@@ -59,11 +56,11 @@ def unfreeze(model, *module_patterns):
 
 
 def _refuse_quantised(model, *modules):
-    """Raise ValueError if one of `modules` holds weights of few bits: only the rest would train."""
-    inside = {m for module in modules for m in module.modules()}
+    """Raise ValueError if one of `modules` holds quantised weights: they would not be trained."""
+    submodules = {m for module in modules for m in module.modules()}
     for name, module in model.named_modules():
         own = module.parameters(recurse=False)
-        if module in inside and (
+        if module in submodules and (
             getattr(module, "is_quantized", False) or any(not p.is_floating_point() for p in own)
         ):
             raise ValueError(
@@ -72,54 +69,54 @@ def _refuse_quantised(model, *modules):
             )
 
 
-def blocks(model):
+def blocks(model: nn.Module) -> nn.ModuleList:
     """The nn.ModuleList of the transformer blocks of a Hugging Face decoder or classifier.
 
-    It is found by its length, config.num_hidden_layers, not by a name: "model.layers" in Llama,
-    "transformer.h" in GPT-2 and Bloom. A model that also reads images has the blocks of its text.
-    Lists inside of the blocks, such as experts, and far smaller ones beside them do not count.
-    Raises ValueError if there is no such list, or more than one: of an encoder and a decoder, or of
-    attentions apart from feed-forward layers.
+    It is found by its length, config.num_hidden_layers, because its name varies: "model.layers" in
+    Llama, "transformer.h" in GPT-2 and Bloom. In a multimodal model these are the blocks of the
+    text model. Lists inside the blocks, such as experts, and far smaller lists are skipped.
+    Raises ValueError if there is no such list, or more than one: an encoder's and a decoder's, or
+    separate lists of attention and feed-forward layers.
     """
     refuse_no_model(model)
     name = type(model).__name__
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{name} has two stacks of blocks, an encoder's and a decoder's.")
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    text = config.get_text_config(decoder=True) if isinstance(config, PreTrainedConfig) else config
     number, known = getattr(text, "num_hidden_layers", None), (type(config), type(text))
-    # The decoder of BART, taken alone, still has a configuration for both.
+    # The decoder of BART on its own still has the config of the encoder-decoder.
     numbers = {number, *(getattr(text, f"{n}decoder_layers", number) for n in ("", "num_"))}
-    passed = set()  # modules inside of a list that fits, or of a part that reads no text
-    fitting = []
+    skipped: set[nn.Module] = set()  # inside a list of the right length, or not in the text model
+    found: list[nn.ModuleList] = []
     for module in model.modules():
-        if module in passed:
+        if module in skipped:
             continue
         own = getattr(module, "config", None)
-        elsewhere = isinstance(own, PreTrainedConfig) and not isinstance(own, known)
-        if elsewhere or (isinstance(module, nn.ModuleList) and len(module) in numbers):
-            passed |= set(module.modules())
-            fitting += [] if elsewhere else [module]
+        if isinstance(own, PreTrainedConfig) and not isinstance(own, known):
+            skipped |= set(module.modules())
+        elif isinstance(module, nn.ModuleList) and len(module) in numbers:
+            skipped |= set(module.modules())
+            found.append(module)
     require(
-        fitting,
+        found,
         f"{name} has no list of blocks: no nn.ModuleList in it is as long as "
         f"config.num_hidden_layers, which is {number}.",
     )
-    sizes = [sum(t.numel() for t in (*m.parameters(), *m.buffers())) for m in fitting]
+    sizes = [sum(t.numel() for t in (*m.parameters(), *m.buffers())) for m in found]
     require(
         sum(sizes) - max(sizes) <= max(sizes) / 10,
-        f"{name} has {len(fitting)} lists as long as config.num_hidden_layers, which is "
+        f"{name} has {len(found)} lists as long as config.num_hidden_layers, which is "
         f"{number}: its blocks are not in one of them.",
     )
-    return fitting[sizes.index(max(sizes))]
+    return found[sizes.index(max(sizes))]
 
 
-def only_last_blocks(model, k):
+def only_last_blocks(model: Model, k: int) -> Model:
     """Train the last k transformer blocks and nothing else. Returns the model.
 
-    The final norm and the head stay frozen: neither is part of a block, and both would add the
-    same to every k. `unfreeze` adds them where they are wanted.
-    Raises ValueError for a k that is not a whole number from 1 to the number of blocks.
+    The final norm and the head stay frozen; use `unfreeze` to train them too.
+    Raises ValueError for a k that is not an integer from 1 to the number of blocks.
     """
     stack = blocks(model)
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(stack):
@@ -130,13 +127,13 @@ def only_last_blocks(model, k):
     return model
 
 
-def only_head(model, untie=False):
-    """Train what stands outside model.base_model: the head of a language model or classifier.
+def only_head(model: PreTrainedModel, untie: bool = False) -> PreTrainedModel:
+    """Train the parameters outside model.base_model: the head of a language model or classifier.
 
-    A tied head is the embedding, so both are trained, and the gradient has to come down through
-    every block to reach it. `untie` gives the head a copy of its own first, which costs as much
-    memory as the embedding, and ends the way back at the head.
-    Raises ValueError for a bare backbone, which has no head, and for a quantised head.
+    A tied head shares its weight with the embedding, so both are trained, and the backward pass has
+    to run through every block. `untie` first gives the head its own copy, which takes as much
+    memory as the embedding; then the backward pass stops at the head. Returns the model.
+    Raises ValueError for a bare backbone and for a quantised head.
     """
     refuse_no_model(model)
     backbone = getattr(model, "base_model", model)
@@ -156,11 +153,11 @@ def only_head(model, untie=False):
     return model
 
 
-def only_norms(model):
+def only_norms(model: Model) -> Model:
     """Train the weights, and biases if any, of all LayerNorms and RMSNorms. Returns the model.
 
-    A norm is told by its type, LayerNorm, LlamaRMSNorm, RMSNormGated ..., and holds vectors only;
-    its name is ln_1, norm, layernorm ...
+    Norms are found by class (LayerNorm, LlamaRMSNorm, RMSNormGated ...), because their attribute
+    names vary (ln_1, norm, layernorm ...). All their parameters are vectors.
     Raises ValueError for a model without norms that have parameters.
     """
     refuse_no_model(model)
@@ -172,10 +169,10 @@ def only_norms(model):
     return _only(model, params, "norm with parameters")
 
 
-def only_biases(model):
-    """Train all biases, those of norms included (BitFit, Ben Zaken et al. 2022, section 3).
+def only_biases(model: Model) -> Model:
+    """Train all biases, including those of norms (BitFit, Ben Zaken et al. 2022, section 3).
 
-    Returns the model. Raises ValueError for a model without biases, as Llama is.
+    Returns the model. Raises ValueError for a model without biases, such as Llama.
     """
     refuse_no_model(model)
     params = [p for name, p in model.named_parameters() if name.endswith("bias")]
@@ -190,22 +187,24 @@ def _only(model, params, what):
     return model
 
 
-def trainable_parameters(model):
-    """{name: parameter} of what requires grad; a tied parameter appears once."""
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """{name: parameter} of the trainable parameters; a tied parameter appears once."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def count_parameters(model):
-    """Return (trainable, total): numbers of scalars, a tied weight counted once, and a quantised
-    one as the number of weights it stands for."""
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Return (trainable, total) numbers of scalars.
+
+    A tied weight counts once. A 4-bit layer counts the weights that its codes stand for.
+    """
     refuse_no_model(model)
-    sizes = {owner: (trainable * count, count) for _, owner, count, trainable in _counted(model)}
-    return sum(trained for trained, _ in sizes.values()), sum(count for _, count in sizes.values())
+    sizes = {key: (trainable * count, count) for _, key, count, trainable in _counted(model)}
+    return sum(n for n, _ in sizes.values()), sum(n for _, n in sizes.values())
 
 
 def _counted(model):
-    """[(name, owner, number of scalars, trainable?)] of the parameters, by all their names, and of
-    the weights that 4-bit layers stand for, which are no parameters."""
+    """[(name, key, number of scalars, trainable?)] of the parameters and of 4-bit weights, which
+    are not parameters. A tied weight is listed under each of its names with the same key."""
     parameters = model.named_parameters(remove_duplicate=False)
     layers = model.named_modules(remove_duplicate=False)
     return [(name, id(p), p.numel(), p.requires_grad) for name, p in parameters] + [
@@ -215,36 +214,39 @@ def _counted(model):
     ]
 
 
-def count_by_module(model):
-    """{part: (trainable, total)}: the list of blocks, and whatever stands beside it.
+def count_by_module(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """{dotted name: (trainable, total)} of the list of blocks and of each module outside it.
 
-    Parts are named as the model names them. A tied weight counts where it comes first, so a tied
-    head has (0, 0) and the sums are those of `count_parameters`.
+    A tied weight counts where it first appears, so a tied head has (0, 0), and the sums are those
+    of `count_parameters`.
     """
     stack = blocks(model)
     path = next(name for name, module in model.named_modules() if module is stack)
-    counts, seen = {}, set()
-    for name, owner, count, trained in _counted(model):
-        part = name  # from there up, as long as the next step would not reach the blocks
-        while "." in part and not path.startswith(f"{part.rpartition('.')[0]}."):
-            part = part.rpartition(".")[0]
-        count *= owner not in seen
-        seen.add(owner)
-        trainable, total = counts.get(part, (0, 0))
-        counts[part] = (trainable + trained * count, total + count)
+    counts: dict[str, tuple[int, int]] = {}
+    seen = set()
+    for name, key, count, requires_grad in _counted(model):
+        # Go up to the largest module that does not contain the blocks.
+        while "." in name and not path.startswith(f"{name.rpartition('.')[0]}."):
+            name = name.rpartition(".")[0]
+        count *= key not in seen
+        seen.add(key)
+        trainable, total = counts.get(name, (0, 0))
+        counts[name] = (trainable + requires_grad * count, total + count)
     return counts
 
 
-def at_least_float32(dtype):
-    """The type that trainables get on a base of `dtype`: small updates vanish below float32."""
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """float32, or `dtype` if wider, for trainable parameters. Narrower ones lose small updates."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def modules_named(model, endings, kinds):
-    """[(dotted name, module)] of the modules of `kinds` whose name ends in one of `endings`.
+def modules_named(
+    model: nn.Module, endings: list[str], kinds: tuple[type[nn.Module], ...]
+) -> list[tuple[str, nn.Module]]:
+    """[(dotted name, module)] of the modules of class `kinds` whose name ends in one of `endings`.
 
-    An ending is one or more whole components: "q_proj", or "0.self_attn.q_proj". (HF peft reads
-    its target_modules the same way.) Raises ValueError if an ending fits none of them.
+    An ending is one or more whole components, "q_proj" or "0.self_attn.q_proj", as in the
+    target_modules of HF peft. Raises ValueError if an ending matches no module.
     """
     found = [(n, m) for n, m in model.named_modules() if isinstance(m, kinds)]
     missing = [e for e in endings if not any(f".{name}".endswith(f".{e}") for name, _ in found)]

@@ -1,10 +1,12 @@
-"""LoRA: learn a low-rank change of a frozen weight matrix (Hu et al. 2021, section 4.1).
+"""LoRA: train a low-rank update of a frozen weight matrix (Hu et al. 2021, section 4.1).
 
     h = W0 x + (alpha / r) B A x        W0: (out, in), A: (r, in), B: (out, r)        equation 3
 
-W0 is frozen. A starts random and B at zero, so the model is unchanged before the first step. Once
-trained, W0 + (alpha / r) B A can take the place of W0: no extra work at inference.
+W0 is frozen. A is initialised randomly and B to zero, so the model is unchanged before the first
+step. After training, the update can be merged into W0; then inference costs nothing extra.
 """
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from torch.nn.functional import dropout, linear
 
 from minipeft.freezing import at_least_float32
 from minipeft.lora_variants import DoRA, OneHot, rslora_scaling
+from minipeft.refusals import Model
 from minipeft.technique.layers import (
     InPlace,
     add_product,
@@ -28,54 +31,54 @@ from minipeft.technique.unchanged import unchanged
 
 
 class LoRALinear(InPlace):
-    """A frozen layer, nn.Linear or GPT-2's Conv1D, with a trainable low-rank change beside it."""
+    """A frozen nn.Linear, or GPT-2's Conv1D, with a trainable low-rank update."""
 
-    def __init__(self, base, r, alpha, dropout=0.0):
+    def __init__(self, base: nn.Module, r: int, alpha: float, dropout: float = 0.0) -> None:
         super().__init__()
         self.base = base
         weight = matrix(base)
         out_features, in_features = weight.shape
-        place = {"device": weight.device, "dtype": at_least_float32(weight.dtype)}
-        self.lora_A = nn.Parameter(torch.zeros(r, in_features, **place))  # (r, in)
-        self.lora_B = nn.Parameter(torch.zeros(out_features, r, **place))  # (out, r)
-        self.lora_magnitude = None  # (out,), of DoRA alone
+        device, dtype = weight.device, at_least_float32(weight.dtype)
+        self.lora_A = nn.Parameter(torch.zeros(r, in_features, device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, r, device=device, dtype=dtype))
+        self.register_parameter("lora_magnitude", None)  # only DoRA has it
         self.reset_parameters()
         self.scaling = alpha / r
         self.dropout = dropout
         self.merged = False
-        self.train(base.training)  # a model in eval mode stays in it
+        self.train(base.training)
 
-    def reset_parameters(self):
-        # The paper draws A from a Gaussian of a width it does not name. The authors' code and
-        # HF peft do what nn.Linear does: uniform in +-1/sqrt(in).
+    def reset_parameters(self) -> None:
+        # The paper draws A from a Gaussian but does not give its deviation. The authors' code and
+        # HF peft initialise A like nn.Linear: uniform in +-1/sqrt(in).
         nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.base(x)  # W0 x: (batch, seq, out)
         if self.merged:
             return h
         x = dropout(x, self.dropout, self.training) if self.dropout else x  # (batch, seq, in)
         return add_product(h, self.down(x), self.lora_B)  # (batch, seq, out)
 
-    def down(self, x):
-        """A x, scaled, in float32 also on a half-precision base."""
+    def down(self, x: torch.Tensor) -> torch.Tensor:
+        """scaling * A x, in float32 or wider even on a half-precision base."""
         return linear(x.to(self.lora_A.dtype), self.lora_A) * self.scaling  # (batch, seq, r)
 
-    def change(self):
+    def change(self) -> torch.Tensor:
         return self.lora_B @ self.lora_A * self.scaling  # (out, in)
 
-    def new_matrix(self):
+    def new_matrix(self) -> torch.Tensor:
         return matrix(self.base) + self.change()  # (out, in)
 
     @torch.no_grad()
-    def shift_weight(self, sign):
-        """Add the change to W0 (sign=1), or subtract it again (sign=-1), rounding once."""
+    def shift_weight(self, sign: int) -> None:
+        """Add the update to W0 (sign=1) or subtract it (sign=-1), rounding once."""
         weight = matrix(self.base)
         weight.copy_(weight + sign * self.change())
 
     @property
-    def weight(self):
-        """For a model that reads the weight itself: a new tensor at each call, with gradients."""
+    def weight(self) -> torch.Tensor:
+        """The new weight in the base layer's layout, computed at each access, with gradients."""
         if self.merged:
             return self.base.weight
         new = self.new_matrix()
@@ -83,19 +86,20 @@ class LoRALinear(InPlace):
 
 
 class DoRALinear(DoRA, LoRALinear):
-    """A linear layer whose rows have trainable lengths, too."""
+    """A linear layer with a low-rank update and a trainable length for each row."""
 
 
 class LoRAEmbedding(OneHot, LoRALinear):
-    """An nn.Embedding with a low-rank change beside it."""
+    """An nn.Embedding with a low-rank update."""
 
 
 class DoRAEmbedding(DoRA, OneHot, LoRALinear):
-    """An nn.Embedding whose columns have trainable lengths, too."""
+    """An nn.Embedding with a low-rank update and a trainable length for each column."""
 
 
-def lora_layer(base, r, alpha, dropout=0.0, scaling="alpha/r", dora=False):
-    """What takes the place of the layer `base`: LoRALinear, or a variant of it."""
+def lora_layer(base: nn.Module, r: int, alpha: float, dropout: float = 0.0,
+               scaling: str = "alpha/r", dora: bool = False) -> LoRALinear:  # fmt: skip
+    """The LoRALinear, or variant of it, that replaces the layer `base`."""
     on_linear, on_table = (DoRALinear, DoRAEmbedding) if dora else (LoRALinear, LoRAEmbedding)
     layer = (on_table if isinstance(base, nn.Embedding) else on_linear)(base, r, alpha, dropout)
     if scaling == "rslora":
@@ -103,56 +107,53 @@ def lora_layer(base, r, alpha, dropout=0.0, scaling="alpha/r", dora=False):
     return layer
 
 
-def add_lora(
-    model, r=8, alpha=16, dropout=0.0, targets=("q_proj", "v_proj"), scaling="alpha/r", dora=False
-):
-    """Freeze `model` and put LoRA on every layer that `targets` names. Returns the model.
+def add_lora(model: Model, r: int = 8, alpha: float = 16, dropout: float = 0.0,
+             targets: str | list[str] | tuple[str, ...] = ("q_proj", "v_proj"),
+             scaling: str = "alpha/r", dora: bool = False) -> Model:  # fmt: skip
+    """Freeze `model` and add LoRA to every layer that `targets` names. Returns the model.
 
-    r         rank of the change: r * (in + out) trainable parameters for each layer.
+    r         rank of the update: r * (in + out) trainable parameters per layer.
     alpha     numerator of the scaling: alpha/r, or alpha/sqrt(r) with scaling="rslora".
-    dropout   probability, while training, of dropping an input of the low-rank path.
-    targets   last names of the layers, such as ("q_proj", "v_proj"); "query_key_value" for Bloom
-              and GPT-NeoX, "c_attn" for GPT-2. A dotted ending picks fewer: "0.attn.c_attn".
-              Embeddings ("embed_tokens", "wte") and an untied "lm_head" may be named too.
-    dora      also learn the length of each row of the sum: `out` more parameters for each layer.
-    Trainable parameters are float32, also on a half-precision base (float64 on a float64 one).
-    The head of a classifier is new, so it is trained as a whole, and gets no LoRA. On an embedding
-    tied to the head, LoRA changes the input side only and cannot be merged; a tied head is refused.
-    Raises ValueError for a name that no layer has, a tied head, a number out of range, a layer that
-    computes something else than its kind does, and a model that has a technique already.
+    dropout   dropout probability at the input of the low-rank path.
+    targets   last components of layer names: "query_key_value" for Bloom and GPT-NeoX, "c_attn" for
+              GPT-2. A longer ending, "0.attn.c_attn", selects fewer layers. Embeddings
+              ("embed_tokens", "wte") and an untied "lm_head" are allowed.
+    dora      also train the length of each row of the new weight: `out` more parameters per layer.
+    Trainable parameters are float32 even on a half-precision base (float64 on a float64 base).
+    The head of a classifier is newly initialised, so it is trained in full and gets no LoRA. On an
+    embedding tied to the head, LoRA changes only the input side and cannot be merged.
+    Raises ValueError for a name that matches no layer, a tied head, a number out of range, a layer
+    that does not simply apply its weight, and a model that already has a technique.
     """
     targets = list_of_names(targets)
     check_settings(r, alpha, dropout, scaling, dora)
-    settings = {"r": r, "alpha": alpha, "dropout": dropout, "scaling": scaling, "dora": dora}
+    settings: dict[str, Any] = dict(r=r, alpha=alpha, dropout=dropout, scaling=scaling, dora=dora)
     with adding(model, "lora"), unchanged(model):
         layers = target_layers(model, targets)
         put_lora(model, layers, lambda name, layer: lora_layer(layer, **settings))
-        model.lora_config = settings | {"targets": targets}
+        vars(model)["lora_config"] = settings | {"targets": targets}
     return model
 
 
-def merge_lora(model):
-    """Fold every low-rank change into its base weight: no extra work at inference. Returns model.
+def merge_lora(model: Model) -> Model:
+    """Merge every update into its base weight, so inference costs nothing extra. Returns the model.
 
-    Exact up to one rounding of the weight, so lossy on a half-precision base. A merged model cannot
-    be trained before `unmerge_lora`. Raises ValueError if there is no LoRA, it is merged already,
-    the base is quantised, or an embedding with LoRA is tied to the head.
+    Exact up to one rounding of the weight, so lossy on a half-precision base. Call `unmerge_lora`
+    before further training. Raises ValueError without LoRA, if it is already merged, for a
+    quantised base, and for an embedding with LoRA that is tied to the head.
     """
     return shift_weights(model, merge=True)
 
 
-def unmerge_lora(model):
-    """Subtract the changes again: the base is back up to rounding. Returns the model.
-
-    Raises ValueError if there is no LoRA, or it is not merged.
-    """
+def unmerge_lora(model: Model) -> Model:
+    """Undo `merge_lora`, up to rounding. Returns the model. Raises ValueError if not merged."""
     return shift_weights(model, merge=False)
 
 
-def unload_lora(model):
-    """Take LoRA off: a plain model again, for `save_pretrained` or another technique. Returns it.
+def unload_lora(model: Model) -> Model:
+    """Remove the LoRA layers, for `save_pretrained` or another technique. Returns the model.
 
-    Merged changes stay in its weights, others are lost. What was frozen stays frozen.
+    Merged updates stay in the weights, others are lost. Frozen parameters stay frozen.
     Raises ValueError if there is no LoRA.
     """
     return take_lora_off(model)

@@ -1,53 +1,68 @@
-"""Variants of LoRA: another scaling, a length for each row, embeddings, a faster B.
+"""Variants of LoRA: another scaling, a trainable length per row, embeddings, a faster B.
 
     rsLoRA   h = W0 x + (alpha / sqrt(r)) B A x       Kalajdzievski 2023, theorem 3.2
     DoRA     h = m V x / |V|                          Liu et al. 2024, section 4, equation 5
              V = W0 + scaling B A, m: (out,)          |V|: the length of each row of V, (out,)
     LoRA+    B learns `ratio` times as fast as A      Hayou et al. 2024, section 4
 
-DoRA and OneHot are laid over LoRALinear: `class DoRALinear(DoRA, LoRALinear)` in lora.py.
+DoRA and OneHot are mixins for LoRALinear: `class DoRALinear(DoRA, LoRALinear)` in lora.py.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import nn
 from torch.nn.functional import dropout, embedding
 
 from minipeft.refusals import require
-from minipeft.technique.layers import add_product, lora_layers, matrix
+from minipeft.technique.layers import InPlace, add_product, lora_layers, matrix
 from minipeft.technique.on_model import has_numbers
 
 
-def rslora_scaling(alpha, r):
-    """Keeps the size of the change as r grows, where alpha / r lets it shrink."""
+def rslora_scaling(alpha: float, r: int) -> float:
+    """alpha / sqrt(r). With alpha / r the update would shrink as r grows."""
     return alpha / math.sqrt(r)
 
 
-class OneHot:
-    """LoRA on an embedding: its input is one-hot, in is the vocabulary, and A x a column of A."""
+class OneHot(InPlace):
+    """LoRA on an embedding: x is one-hot, `in` is the vocabulary size, A x is a column of A."""
 
-    def __init__(self, base, r, alpha, dropout=0.0):
-        super().__init__(base, r, alpha, dropout=0.0)  # there is nothing in a token id to drop
+    lora_A: nn.Parameter  # (r, in), like the following from LoRALinear
+    lora_B: nn.Parameter
+    scaling: float
 
-    def reset_parameters(self):
-        nn.init.normal_(self.lora_B)  # A is zero: the roles turned, as in the authors' code
+    def __init__(self, base: nn.Module, r: int, alpha: float, dropout: float = 0.0) -> None:
+        super().__init__(base, r, alpha, dropout=0.0)  # dropout does not apply to token ids
 
-    def down(self, ids):
-        """scaling A x: (batch, seq, r). ids: (batch, seq)."""
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.lora_B)  # here A starts at zero, as in the authors' code
+
+    def down(self, ids: torch.Tensor) -> torch.Tensor:
+        """scaling * A x: (batch, seq, r). ids: (batch, seq)."""
         z = embedding(ids, self.lora_A.T, self.base.padding_idx)  # (batch, seq, r)
-        return z * (self.scaling * getattr(self.base, "embed_scale", 1.0))  # Gemma scales its own
+        return z * (self.scaling * getattr(self.base, "embed_scale", 1.0))  # Gemma has a scale
 
 
-class DoRA:
-    """LoRA in which the length m of each row of V = W0 + scaling B A is learnt as well."""
+class DoRA(InPlace):
+    """LoRA that also trains m, the length of each row of V = W0 + scaling * B A."""
 
-    def __init__(self, base, r, alpha, dropout=0.0):
+    lora_A: nn.Parameter  # (r, in), like the following from LoRALinear
+    lora_B: nn.Parameter
+    dropout: float
+    merged: bool
+    down: Callable[[torch.Tensor], torch.Tensor]
+    change: Callable[[], torch.Tensor]
+    factor: torch.Tensor  # DoRA's own: m / |V| at the time of merging, (out, 1)
+    kept: tuple[torch.Tensor, object, object] | None  # cached by `norms`
+
+    def __init__(self, base: nn.Module, r: int, alpha: float, dropout: float = 0.0) -> None:
         super().__init__(base, r, alpha, dropout)
-        self.lora_magnitude = nn.Parameter(self._norms())  # m: (out,), started at |W0|
-        self.register_buffer("factor", None, persistent=False)  # what W0 was merged with
+        self.lora_magnitude = nn.Parameter(self._norms())  # m: (out,), initialised to |W0|
+        self.register_buffer("factor", None, persistent=False)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.base(x)  # W0 x and the bias: (batch, seq, out)
         if self.merged:
             return h
@@ -55,16 +70,17 @@ class DoRA:
         y = add_product(h, self.down(x), self.lora_B)  # V x and the bias: (batch, seq, out)
         v = y if self.bias is None else y - self.bias  # V x
         if self.dropout and self.training:
-            v = v + (self.base(x) - h)  # HF peft drops inputs of W0 too, where m / |V| is not 1
+            v = v + (self.base(x) - h)  # in this term HF peft applies dropout to W0 x as well
         return (y + (self.lora_magnitude / self.norms() - 1) * v).to(h.dtype)
 
-    def new_matrix(self):
+    def new_matrix(self) -> torch.Tensor:
         """m V / |V|: (out, in)."""
-        return super().new_matrix() * (self.lora_magnitude / self.norms())[:, None]
+        v = matrix(self.base) + self.change()
+        return v * (self.lora_magnitude / self.norms())[:, None]
 
     @torch.no_grad()
-    def shift_weight(self, sign):
-        """Replace W0 by m V / |V| (sign=1), or put it back (sign=-1), rounding once."""
+    def shift_weight(self, sign: int) -> None:
+        """Replace W0 by m V / |V| (sign=1) or restore it (sign=-1), rounding once."""
         weight = matrix(self.base)
         if sign > 0:
             new = weight + self.change()
@@ -73,50 +89,50 @@ class DoRA:
         else:
             weight.copy_(weight / self.factor - self.change())
 
-    def norms(self):
-        """|V|: (out,). A constant in the backward pass, which spares memory (section 4.3,
-        equation 11).
+    def norms(self) -> torch.Tensor:
+        """|V|: (out,), a constant in the backward pass to save memory (section 4.3, equation 11).
 
-        In eval mode and without gradients, as in `generate`, they are kept until a weight is
-        written to, by whatever torch counts as writing (`.data` passes unseen).
+        In eval mode without gradients, as in `generate`, it is cached until a weight is modified in
+        place. (Modifying `.data` does not change a tensor's version, so that goes unnoticed.)
         """
         tensors = [*self.base.parameters(), *self.base.buffers(), self.lora_A, self.lora_B]
-        learning = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if learning or not has_numbers(self) or any(t.is_inference() for t in tensors):
+        uncached = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if uncached or not has_numbers(self) or any(t.is_inference() for t in tensors):
             self.kept = None
             return self._norms()
         state = [(t.data_ptr(), t._version) for t in tensors]
         if self.kept is None or self.kept[1] != state:
-            held = [t.detach() for t in tensors]  # so that no address is given to another tensor
-            self.kept = self._norms(), state, held
+            alive = [t.detach() for t in tensors]  # so that their addresses are not reused
+            self.kept = self._norms(), state, alive
         return self.kept[0]
 
     @torch.no_grad()
     def _norms(self):
         return lengths(matrix(self.base) + self.change())
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> Self:
         self.kept = None
         return super().train(mode)
 
-    def _apply(self, *args, **kwargs):  # .to(), .half() ...: nothing of the old is held
+    def _apply(self, *args, **kwargs):  # .to(), .half() ...: free the cached tensors
         self.kept = None
         return super()._apply(*args, **kwargs)
 
 
-def lengths(v):
-    """The length of each row, (out,). One of zeros, as of a padding token, must not divide by 0."""
+def lengths(v: torch.Tensor) -> torch.Tensor:
+    """The norm of each row, (out,). Clamped, because the row of a padding token may be zero."""
     return v.norm(dim=1).clamp(min=1e-8)
 
 
-def lora_plus_groups(model, lr, ratio=16):
-    """LoRA+ (Hayou et al. 2024, section 4): B learns `ratio` times as fast as all else.
+def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16) -> list[dict[str, Any]]:
+    """LoRA+ (Hayou et al. 2024, section 4): B gets `ratio` times the learning rate of the rest.
 
         train(model, batches, lr=lr, groups=lora_plus_groups(model, lr), ...)
 
-    Returns parameter groups for `train` or any torch optimiser, without weight decay. The argument
-    for a faster B is that the input of A is wide, which no one-hot input of an embedding is: there
-    A and B both learn at `lr`. Raises ValueError if there is no LoRA, or for a ratio not above 0.
+    Returns parameter groups for `train` or any torch optimizer, without weight decay. The paper's
+    argument assumes that the input of A is wide, which does not hold for the one-hot input of an
+    embedding: there A and B both get `lr`.
+    Raises ValueError if there is no LoRA, or for a ratio not above 0.
     """
     require(ratio > 0, f"ratio={ratio} must be above 0: it multiplies the learning rate of B.")
     layers = lora_layers(model).values()

@@ -1,43 +1,53 @@
-"""P-tuning: let a small encoder write the vectors of the virtual tokens (Liu et al. 2021).
+"""P-tuning: a small encoder computes the vectors of the virtual tokens (Liu et al. 2021).
 
     v_i = MLP([LSTM(e_1..e_n) forward at i : backward at i])      section 2.2.1, "Optimization"
 
-The vectors stand in front of the input, or inside a template, between words that stay words
-(section 2.2). After training their encoder has done its work: its outputs are a fixed table.
+The vectors go in front of the input, or between the words of a template (section 2.2). After
+training, the encoder can be dropped: its outputs are a fixed table.
 """
 
 from functools import partial
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from minipeft.refusals import refuse_size
 from minipeft.technique.asked import embedded
 from minipeft.technique.inputs import count_positions, named_inputs, past_length
-from minipeft.technique.on_model import technique_of
-from minipeft.technique.words import place_of, width_of
-from minipeft.virtual_tokens import attach, refuse
+from minipeft.technique.words import Place, place_of, width_of
+from minipeft.virtual_tokens import VirtualTokens, attach, refuse
 
 ENCODERS = ("lstm", "mlp")
 
 
-class PromptEncoder(nn.Module):
-    """The vectors (n, hidden) of n virtual tokens, as an encoder's output or as a plain table.
+class PromptEncoder(VirtualTokens):
+    """The vectors (n, hidden) of n virtual tokens: the output of an encoder, or a plain table.
 
-    encoder "lstm": two bidirectional LSTM layers of `width` each way, then a two-layer MLP.
-    encoder "mlp": three linear layers, applied to each token by itself. None: the table alone.
+    encoder "lstm": two bidirectional LSTM layers of `width` per direction, then a two-layer MLP.
+    encoder "mlp": three linear layers, applied to each token separately. None: only the table.
     Layers and sizes are those of HF peft, which took them from the authors' code.
     """
 
-    def __init__(self, n, hidden, encoder, width, placeholder_id, place):
+    def __init__(
+        self,
+        n: int,
+        hidden: int,
+        encoder: str | None,
+        width: int,
+        placeholder_id: int | None,
+        factory_kwargs: Place,
+    ) -> None:
         super().__init__()
         self.num_virtual_tokens, self.placeholder_id = n, placeholder_id
         self.place = "front" if placeholder_id is None else "template"
         self.encoder, self.width = encoder, width
-        self.embedding = nn.Embedding(n, hidden, **place)
-        linear = partial(nn.Linear, **place)
+        self.embedding = nn.Embedding(n, hidden, **factory_kwargs)
+        linear = partial(nn.Linear, **factory_kwargs)
         if encoder == "lstm":
-            self.lstm = nn.LSTM(hidden, width, 2, batch_first=True, bidirectional=True, **place)
+            self.lstm = nn.LSTM(
+                hidden, width, 2, batch_first=True, bidirectional=True, **factory_kwargs
+            )
             self.mlp = nn.Sequential(
                 linear(2 * width, 2 * width), nn.ReLU(), linear(2 * width, hidden)
             )
@@ -47,31 +57,36 @@ class PromptEncoder(nn.Module):
                 linear(width, width), nn.ReLU(), linear(width, hidden),
             )  # fmt: skip
 
-    def forward(self):
+    def forward(self) -> torch.Tensor:
         vectors = self.embedding.weight  # (n, hidden)
-        # Not in half precision: the encoder runs once a step, and not every CPU has such an LSTM.
-        with torch.autocast(vectors.device.type, enabled=False):
+        # No autocast: the encoder runs once per step, and not every CPU has a 16-bit LSTM.
+        device = "cpu" if vectors.is_meta else vectors.device.type  # meta has none to switch off
+        with torch.autocast(device, enabled=False):
             if self.encoder == "lstm":
-                if vectors.is_cuda:  # in eval mode cuDNN has no backward pass
-                    self.lstm.train()  # which changes no number: there is no dropout
+                if vectors.is_cuda:  # cuDNN has no backward pass in eval mode
+                    self.lstm.train()  # same outputs, since there is no dropout
                 vectors = self.lstm(vectors[None])[0][0]  # (n, 2 * width)
             return self.mlp(vectors) if self.encoder else vectors  # (n, hidden)
 
 
 def add_p_tuning(
-    model, num_virtual_tokens=10, encoder="lstm", encoder_hidden_size=None, placeholder_id=None
-):
-    """Freeze `model` and add virtual tokens that a small encoder writes. Returns the model.
+    model: PreTrainedModel,
+    num_virtual_tokens: int = 10,
+    encoder: str = "lstm",
+    encoder_hidden_size: int | None = None,
+    placeholder_id: int | None = None,
+) -> PreTrainedModel:
+    """Freeze `model` and add virtual tokens computed by a small encoder. Returns the model.
 
     encoder              "lstm" or "mlp"; see `PromptEncoder`.
-    encoder_hidden_size  its width; by default the hidden size of the model.
-    placeholder_id       None: the virtual tokens stand in front. A token id: every row of input_ids
-                         holds this id n times, wherever the template wants a virtual token, and
-                         they are replaced in order. The sequence keeps its length. It may be any
-                         number that no text contains, also one beyond the vocabulary.
-    The trainables are float32, also on a half-precision base (float64 on a float64 one).
-    Raises ValueError for an unknown encoder, a size below 1, and a model that has a technique
-    already or no language-model head; when called, for a row with another number of placeholders.
+    encoder_hidden_size  width of the encoder; by default the hidden size of the model.
+    placeholder_id       None: the virtual tokens go in front. An integer: every row of input_ids
+                         contains it n times, and these positions get the virtual tokens in order;
+                         the sequence keeps its length. It must not occur in the text otherwise, and
+                         may lie outside the vocabulary.
+    Trainable parameters are float32 even on a half-precision base (float64 on a float64 base).
+    Raises ValueError for an unknown encoder, a size below 1, and a model that already has a
+    technique or has no language-model head. The model raises it for a wrong number of placeholders.
     """
     if encoder not in ENCODERS:
         raise ValueError(f"encoder={encoder!r} is none of {', '.join(map(repr, ENCODERS))}.")
@@ -82,21 +97,21 @@ def add_p_tuning(
     width = hidden if encoder_hidden_size is None else encoder_hidden_size
     refuse_size("encoder_hidden_size", width, "width")
     place = place_of(model)
-    written = PromptEncoder(num_virtual_tokens, hidden, encoder, width, placeholder_id, place)
-    return attach_encoder(model, written)
+    virtual = PromptEncoder(num_virtual_tokens, hidden, encoder, width, placeholder_id, place)
+    return attach_encoder(model, virtual)
 
 
-def attach_encoder(model, written):
-    """Freeze `model` and put the vectors of a `PromptEncoder` in. Returns the model."""
-    before = _fill_template if written.place == "template" else None
-    return attach(model, written, "p_tuning", before)
+def attach_encoder(model: PreTrainedModel, virtual: PromptEncoder) -> PreTrainedModel:
+    """Freeze `model` and attach a `PromptEncoder` to it. Returns the model."""
+    before = _fill_template if virtual.place == "template" else None
+    return attach(model, virtual, "p_tuning", before)
 
 
 def _fill_template(first, limit, model, args, kwargs):
-    """Before the forward: put the vectors where the placeholders are. Nothing gets longer."""
+    """Forward pre-hook: put the vectors at the placeholders. The sequence keeps its length."""
     virtual, n = model.virtual_tokens, model.virtual_tokens.num_virtual_tokens
     kwargs, cache_name = named_inputs(model, args, kwargs)
-    if past_length(kwargs.get(cache_name)):  # generation goes on: the template is in the cache
+    if past_length(kwargs.get(cache_name)):  # a later step of `generate`: the template is cached
         return (), kwargs
     if kwargs.get("inputs_embeds") is not None:
         raise ValueError("A template is found by its token ids; give input_ids.")
@@ -112,28 +127,31 @@ def _fill_template(first, limit, model, args, kwargs):
     if kwargs.get("position_ids") is None:
         count_positions(kwargs, first, ids.shape[1])
     embeds = embedded(model, ids.masked_fill(holes, 0))  # (batch, seq, hidden)
-    vectors = virtual().to(embeds).repeat(len(ids), 1)  # (batch * n, hidden), row by row
-    embeds = embeds.masked_scatter(holes[..., None], vectors)
+    vectors = virtual().to(embeds).repeat(len(ids), 1)  # (batch * n, hidden)
+    embeds = embeds.masked_scatter(holes[..., None], vectors)  # (batch, seq, hidden)
     return (), kwargs | {"inputs_embeds": embeds, "input_ids": None}
 
 
 @torch.no_grad()
-def fold_p_tuning(model):
-    """Replace the encoder by the table of its outputs, which trains on as n * hidden numbers.
+def fold_p_tuning(model: PreTrainedModel) -> PreTrainedModel:
+    """Replace the encoder by a trainable table of its outputs, n * hidden parameters.
 
-    The model computes what it did, bit for bit. Returns the model.
-    Raises ValueError if there is no P-tuning on the model, or it is folded already.
+    The outputs of the model stay the same, bit for bit. Returns the model.
+    Raises ValueError if the model has no P-tuning, or it is already folded.
     """
-    written = getattr(model, "virtual_tokens", None)
-    if technique_of(model) != "p_tuning" or not written.encoder:
+    virtual = getattr(model, "virtual_tokens", None)
+    if not isinstance(virtual, PromptEncoder) or not virtual.encoder:
         raise ValueError("There is no encoder of P-tuning on this model to fold.")
-    model.virtual_tokens = table_of(model, written(), written.placeholder_id)
+    model.virtual_tokens = table_of(model, virtual(), virtual.placeholder_id)
     return model
 
 
-def table_of(model, vectors, placeholder_id):
-    """A `PromptEncoder` without an encoder: a table of `vectors` (n, hidden)."""
-    table = PromptEncoder(*vectors.shape, None, None, placeholder_id, place_of(model))
+def table_of(
+    model: PreTrainedModel, vectors: torch.Tensor, placeholder_id: int | None
+) -> PromptEncoder:
+    """A `PromptEncoder` that is only a table, of `vectors` (n, hidden)."""
+    n, hidden = vectors.shape
+    table = PromptEncoder(n, hidden, None, 0, placeholder_id, place_of(model))
     with torch.no_grad():
         table.embedding.weight.copy_(vectors)
     return table.train(model.training)

@@ -1,43 +1,55 @@
-"""Prefix-tuning: learn keys and values in front of every layer's own (Li and Liang 2021).
+"""Prefix-tuning: train keys and values in front of those of the text (Li and Liang 2021).
 
-    attention of a token = softmax(q [P_k; K]^T / sqrt(d)) [P_v; V]      section 4.2
+    attention output of a token = softmax(q [P_k; K]^T / sqrt(d)) [P_v; V]      section 4.2
 
-That is a cache that no text has written: n positions which every token of the text sees, and which
-see nothing themselves. With projection the prefix comes out of an MLP while training (section 4.3).
+The prefix is a KV cache that comes from no text: n positions per layer that all tokens attend to.
+With `projection`, an MLP computes it during training (section 4.3).
 """
 
+from typing import Any
+
+import torch
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minipeft.refusals import refuse_size
 from minipeft.technique.kv_cache import key_value_shape, per_layer, table_of_cache
-from minipeft.technique.words import place_of, token_ids
-from minipeft.virtual_tokens import attach, refuse
+from minipeft.technique.words import Place, place_of, token_ids
+from minipeft.virtual_tokens import VirtualTokens, attach, refuse
 
 
-class Prefix(nn.Module):
-    """Keys and values for all layers, as (layers, 2, kv_heads, n, head_dim).
+class Prefix(VirtualTokens):
+    """Keys and values for all layers: (layers, 2, kv_heads, n, head_dim).
 
-    Without an MLP the embedding table has the keys and values themselves, n rows of
-    layers * 2 * kv_heads * head_dim. With one it has n rows of kv_heads * head_dim, and the MLP
-    (linear, tanh, linear) makes the long rows of them, as in section 4.3 and in HF peft.
+    Without an MLP the embedding table holds them, n rows of layers * 2 * kv_heads * head_dim. With
+    an MLP (linear, tanh, linear) the table has n rows of kv_heads * head_dim, and the MLP expands
+    each row, as in section 4.3 and in HF peft.
     """
 
     place = "cache"
 
-    def __init__(self, n, shape, place, width=None):
+    def __init__(
+        self,
+        n: int,
+        shape: tuple[int, int, int],
+        factory_kwargs: Place,
+        width: int | None = None,
+    ) -> None:
         super().__init__()
         layers, kv_heads, head_dim = self.shape = shape
         kv = kv_heads * head_dim
         self.num_virtual_tokens = n
-        self.embedding = nn.Embedding(n, kv if width else layers * 2 * kv, **place)
-        self.mlp = width and nn.Sequential(
-            nn.Linear(kv, width, **place), nn.Tanh(), nn.Linear(width, layers * 2 * kv, **place)
-        )
+        columns = layers * 2 * kv
+        self.embedding = nn.Embedding(n, kv if width else columns, **factory_kwargs)
+        self.mlp: Any = None
+        if width:
+            expand = nn.Linear(width, columns, **factory_kwargs)
+            self.mlp = nn.Sequential(nn.Linear(kv, width, **factory_kwargs), nn.Tanh(), expand)
 
-    def table(self, layer=None):
-        """The prefix, a row for each virtual token: (n, layers * 2 * kv_heads * head_dim).
+    def table(self, layer: int | None = None) -> torch.Tensor:
+        """The prefix, one row per virtual token: (n, layers * 2 * kv_heads * head_dim).
 
-        With a layer, the columns of that layer only: (n, 2 * kv_heads * head_dim).
+        With `layer`, only the columns of that layer: (n, 2 * kv_heads * head_dim).
         """
         _, kv_heads, head_dim = self.shape
         size = 2 * kv_heads * head_dim
@@ -45,10 +57,10 @@ class Prefix(nn.Module):
         if not self.mlp:
             return self.embedding.weight[:, columns]
         first, tanh, last = self.mlp
-        inner = tanh(first(self.embedding.weight))  # (n, width)
-        return nn.functional.linear(inner, last.weight[columns], last.bias[columns])
+        hidden = tanh(first(self.embedding.weight))  # (n, width)
+        return nn.functional.linear(hidden, last.weight[columns], last.bias[columns])
 
-    def forward(self, layer=None):
+    def forward(self, layer: int | None = None) -> torch.Tensor:
         _, kv_heads, head_dim = self.shape
         if layer is None:
             return per_layer(self.table(), self.shape)  # (layers, 2, kv_heads, n, head_dim)
@@ -57,28 +69,29 @@ class Prefix(nn.Module):
 
 
 def add_prefix_tuning(
-    model,
-    num_virtual_tokens=10,
-    projection=False,
-    encoder_hidden_size=None,
-    text=None,
-    tokenizer=None,
-):
+    model: PreTrainedModel,
+    num_virtual_tokens: int | None = 10,
+    projection: bool = False,
+    encoder_hidden_size: int | None = None,
+    text: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> PreTrainedModel:
     """Freeze `model` and add n trainable keys and values to each of its layers. Returns the model.
 
-    num_virtual_tokens   n: n * layers * 2 * kv_heads * head_dim trainables without projection.
-                         None, with text: one for each token.
-    projection           train an embedding and an MLP that writes the prefix; `fold_prefix_tuning`
-                         drops them. encoder_hidden_size is the MLP's width (default: kv_heads *
-                         head_dim, the hidden size where there is no grouped-query attention).
-    text                 start from the keys and values that the frozen model computes for `text`,
-                         cut or repeated to n tokens: untrained, the model does what it does with
-                         the text typed in front. Otherwise the table starts normal with a
-                         deviation of 0.1, near a prefix that says nothing (HF peft: 1, which
-                         disturbs a model more than it helps), and the embedding of an MLP with 1.
-    The trainables are float32, also on a half-precision base (float64 on a float64 one).
+    num_virtual_tokens   n, for n * layers * 2 * kv_heads * head_dim trainable parameters without
+                         projection. None, with text: the number of tokens of the text.
+    projection           train an embedding and an MLP that computes the prefix;
+                         `fold_prefix_tuning` drops them. encoder_hidden_size is the MLP's width, by
+                         default kv_heads * head_dim, which is the hidden size in multi-head
+                         attention.
+    text                 initialise with the keys and values that the frozen model computes for
+                         `text`, truncated or repeated to n tokens. Before training, this equals
+                         typing the text in front. Otherwise the table starts normal with deviation
+                         0.1 (HF peft: 1, which disturbs a model more); the embedding of an MLP
+                         with 1.
+    Trainable parameters are float32 even on a half-precision base (float64 on a float64 base).
     Raises ValueError for a length or width below 1, text together with projection, layers without
-    full attention, and a model that has a technique already or no language-model head.
+    full attention, and a model that already has a technique or has no language-model head.
     """
     if text is not None and projection:
         raise ValueError("An MLP cannot be made to start at a text; leave out text or projection.")
@@ -87,6 +100,7 @@ def add_prefix_tuning(
     if num_virtual_tokens is None and text is not None:
         num_virtual_tokens = len(token_ids(model, text, tokenizer))
     refuse(model, num_virtual_tokens)
+    assert num_virtual_tokens is not None  # checked by `refuse`
     shape = key_value_shape(model)
     width = None
     if projection:
@@ -101,11 +115,11 @@ def add_prefix_tuning(
     return attach(model, prefix, "prefix_tuning")
 
 
-def fold_prefix_tuning(model):
-    """Replace embedding and MLP by the keys and values that they write. Returns the model.
+def fold_prefix_tuning(model: PreTrainedModel) -> PreTrainedModel:
+    """Replace embedding and MLP by a trainable table of the keys and values that they compute.
 
-    The model computes what it did, bit for bit; what is trained from here on is the table itself.
-    Raises ValueError if there is no prefix on the model, or it has no MLP.
+    The outputs of the model stay the same, bit for bit. Returns the model.
+    Raises ValueError if the model has no prefix, or the prefix has no MLP.
     """
     prefix = getattr(model, "virtual_tokens", None)
     if not isinstance(prefix, Prefix) or not prefix.mlp:
@@ -114,8 +128,8 @@ def fold_prefix_tuning(model):
     return model
 
 
-def prefix_of(model, table):
-    """A `Prefix` without an MLP: `table` is (n, layers * 2 * kv_heads * head_dim)."""
+def prefix_of(model: PreTrainedModel, table: torch.Tensor) -> Prefix:
+    """A `Prefix` without an MLP. table: (n, layers * 2 * kv_heads * head_dim)."""
     prefix = Prefix(len(table), key_value_shape(model), place_of(model))
     prefix.embedding.weight.data.copy_(table)
     return prefix.train(model.training)

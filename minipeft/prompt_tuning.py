@@ -1,46 +1,54 @@
-"""Prompt tuning: learn n vectors in front of the embedded text (Lester et al. 2021, section 2).
+"""Prompt tuning: train n vectors in front of the embedded text (Lester et al. 2021, section 2).
 
     [P; E(x)]        P: (n, hidden), trained        E(x): (seq, hidden), frozen
 
-P is a piece of prompt that no word need have written. The base model stays as it is, to the bit.
+The vectors P need not be embeddings of words. The base model itself is not changed.
 """
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minipeft.technique.words import ordinary_tokens, token_ids, vectors_of, vocabulary_of
-from minipeft.virtual_tokens import attach, refuse
+from minipeft.virtual_tokens import VirtualTokens, attach, refuse
 
 INITS = ("text", "vocab", "random")
 
 
-class SoftPrompt(nn.Module):
-    """The trained vectors, weight: (num_virtual_tokens, hidden)."""
+class SoftPrompt(VirtualTokens):
+    """The trainable vectors, weight: (n, hidden)."""
 
     place = "front"
 
-    def __init__(self, weight):
+    def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
         self.num_virtual_tokens = len(weight)
         self.weight = nn.Parameter(weight)
 
-    def forward(self):
+    def forward(self) -> torch.Tensor:
         return self.weight  # (n, hidden)
 
 
-def add_prompt_tuning(model, num_virtual_tokens=10, init="vocab", text=None, tokenizer=None):
+def add_prompt_tuning(
+    model: PreTrainedModel,
+    num_virtual_tokens: int | None = 10,
+    init: str = "vocab",
+    text: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> PreTrainedModel:
     """Freeze `model` and put trainable vectors in front of every input. Returns the model.
 
-    num_virtual_tokens  n: n * hidden trainables. None, with init="text": one for each token.
-    init                how they start (Lester et al. 2021, section 3.2):
-                        "text"    the embeddings of `text`, cut or repeated to n tokens. Untrained,
-                                  the model does what it does with the text typed in front.
-                        "vocab"   the embeddings of n random tokens, special ones left out.
+    num_virtual_tokens  n, for n * hidden trainable parameters. None, with init="text": the number
+                        of tokens of the text.
+    init                initial vectors (Lester et al. 2021, section 3.2):
+                        "text"    the embeddings of `text`, truncated or repeated to n tokens.
+                                  Before training, this equals typing the text in front.
+                        "vocab"   the embeddings of n random tokens, except special tokens.
                         "random"  normal, with the mean and deviation of the embedding table.
-    tokenizer           for `text`, and to know special tokens; that of `load_base` by default.
-    The vectors are float32, also on a half-precision base (float64 on a float64 one).
-    Raises ValueError for an unknown init, a length below 1, text that is missing or empty, and a
-    model that has a technique already or no language-model head.
+    tokenizer           encodes `text` and tells special tokens; by default that of `load_base`.
+    The vectors are float32 even on a half-precision base (float64 on a float64 base).
+    Raises ValueError for an unknown init, a length below 1, missing or empty text, and a model that
+    already has a technique or has no language-model head.
     """
     if init not in INITS:
         raise ValueError(f"init={init!r} is none of {', '.join(map(repr, INITS))}.")
@@ -49,6 +57,7 @@ def add_prompt_tuning(model, num_virtual_tokens=10, init="vocab", text=None, tok
     if num_virtual_tokens is None and init == "text":
         num_virtual_tokens = len(token_ids(model, text, tokenizer))
     refuse(model, num_virtual_tokens)
+    assert num_virtual_tokens is not None  # checked by `refuse`
     if init == "random":
         vocabulary = vocabulary_of(model)  # (vocab, hidden)
         std, mean = torch.std_mean(vocabulary)
@@ -64,16 +73,17 @@ def add_prompt_tuning(model, num_virtual_tokens=10, init="vocab", text=None, tok
 
 
 @torch.no_grad()
-def nearest_words(model, k=5):
-    """For each virtual token the k tokens whose embeddings point most nearly the same way.
+def nearest_words(model: PreTrainedModel, k: int = 5) -> list[list[tuple[int, float]]]:
+    """For each virtual token, the k tokens whose embeddings have the highest cosine similarity.
 
-    Returns a list of n lists of (token id, cosine similarity from -1 to 1), the nearest first.
-    Raises ValueError if the model has no vectors in front of its embeddings.
+    Returns n lists of (token id, cosine similarity), most similar first.
+    Raises ValueError if the model has no virtual tokens in front of its input embeddings.
     """
-    if getattr(getattr(model, "virtual_tokens", None), "place", None) != "front":
+    virtual = getattr(model, "virtual_tokens", None)
+    if not isinstance(virtual, VirtualTokens) or virtual.place != "front":
         raise ValueError("This model has no virtual tokens among its embeddings.")
     table = vocabulary_of(model).float()  # (vocab, hidden)
-    vectors = model.virtual_tokens().float()  # (n, hidden)
+    vectors = virtual().float()  # (n, hidden)
     cosines = nn.functional.normalize(vectors, dim=-1) @ nn.functional.normalize(table, dim=-1).T
     best = cosines.topk(k, dim=-1)  # (n, k)
     return [

@@ -1,45 +1,56 @@
-"""AdamW whose state takes 8 bits a number (Dettmers et al. 2022, "8-bit Optimizers via Block-wise
-Quantization").
+"""AdamW with 8-bit moments (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization").
 
     p <- p - lr * (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay * p)
 
-m and v, the moments of the gradient, are quantised block by block after each step, with the dynamic
-code of section 1.3: signed for m, and without a sign for v, which is a mean of squares.
+After each step the moments m and v are quantised block-wise with the dynamic code of section 1.3:
+signed for m, unsigned for v, which is a mean of squares.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch.optim.optimizer import ParamsT
 
 from minipeft.quantization import BLOCK_8BIT, dequantize, dynamic_code, quantize, table
 from minipeft.refusals import require
 
 
 class AdamW8bit(torch.optim.Optimizer):
-    """AdamW (Loshchilov and Hutter 2019) with both moments kept in 8 bits, in blocks of 256:
-    2.03 bytes for each trainable parameter instead of 8. They are float32 while they are updated.
+    """AdamW (Loshchilov and Hutter 2019) with moments in 8 bits, in blocks of 256: 2.03 bytes per
+    trainable parameter instead of 8. The update itself is computed in float32.
 
-    Parameters of fewer than 4,096 elements keep float32 moments: they cost little, and norms and
-    biases are sensitive (8-bit Optimizers, section 2.3, says so of embeddings).
+    Parameters of fewer than 4,096 elements keep float32 moments: they take little memory, and norms
+    and biases are sensitive (8-bit Optimizers, section 2.3, says so of embeddings).
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ) -> None:
         try:
             beta1, beta2 = betas
-            fits = eps > 0 and all(0 <= beta < 1 for beta in (beta1, beta2))
-            fits = fits and all(0 <= value < math.inf for value in (lr, eps, weight_decay))
+            valid = eps > 0 and all(0 <= beta < 1 for beta in (beta1, beta2))
+            valid = valid and all(0 <= value < math.inf for value in (lr, eps, weight_decay))
         except (TypeError, ValueError):
-            fits = False
+            valid = False
         require(
-            fits,
+            valid,
             f"lr={lr}, betas={betas}, eps={eps} or weight_decay={weight_decay} is out of range.",
         )
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, settings)
 
     @torch.no_grad()
-    def step(self, closure=None):
-        """One update of every parameter that has a gradient."""
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None
+    ) -> float | None:
+        """Update every parameter that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -50,9 +61,9 @@ class AdamW8bit(torch.optim.Optimizer):
                     self._update(p, group)
         return loss
 
-    def load_state_dict(self, state_dict):
-        """As torch's, which would cast all state to the type of the parameter; here it keeps its
-        own: codes are bytes, and moments and absmax float32 for any parameter."""
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load without torch's cast of the state to the dtype of the parameter: codes are uint8,
+        and moments and absmax float32 for any parameter."""
         super().load_state_dict(state_dict)
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
@@ -62,7 +73,7 @@ class AdamW8bit(torch.optim.Optimizer):
                     self.state[p][name] = value.to(p.device, copy=True)
 
     def _update(self, p, group):
-        """One step of AdamW for the parameter p, whose moments m and v have its shape."""
+        """Update the parameter p; its moments m and v have its shape."""
         state, (beta1, beta2) = self.state[p], group["betas"]
         state["step"] = state.get("step", 0) + 1
         m, v = (self._read(state, name, p) for name in ("m", "v"))
@@ -75,7 +86,7 @@ class AdamW8bit(torch.optim.Optimizer):
         p.addcdiv_(m.to(p.dtype), v.to(p.dtype), value=-group["lr"] / (1 - beta1 ** state["step"]))
 
     def _read(self, state, name, p):
-        """The moment "m" or "v" of p, float32, of the shape of p; zeros before the first step."""
+        """The moment "m" or "v" of p, dequantised to float32; zeros before the first step."""
         if name not in state:
             return torch.zeros_like(p, dtype=torch.float32)
         if f"{name}_absmax" not in state:
@@ -84,7 +95,7 @@ class AdamW8bit(torch.optim.Optimizer):
         return dequantize(state[name], state[f"{name}_absmax"], code, p.numel()).view(p.shape)
 
     def _write(self, state, name, moment):
-        """Keep a moment; a large one as uint8 codes (blocks, 256) and their absmax (blocks,)."""
+        """Store a moment; a large one as uint8 codes (blocks, 256) and absmax (blocks,)."""
         if moment.numel() < 4096:
             state[name] = moment.clone()
         else:

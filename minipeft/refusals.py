@@ -1,45 +1,52 @@
-"""Refuse bad input in one sentence that says what is wrong, and what to give instead."""
+"""Argument checks. Each raises a ValueError whose one sentence names the value and the remedy."""
 
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
 from torch import nn
 
+Model = TypeVar("Model", bound=nn.Module)  # what a function takes and returns
 
-def require(condition, message):
-    """Raise ValueError(message) unless condition holds.
 
-    The message is made at every call. One that costs something, or that can only be made once the
-    check has failed, stands under an `if` of its own instead.
+def require(condition: object, message: str) -> None:
+    """Raise ValueError(message) unless `condition` is true.
+
+    The message is built on every call. If that is expensive, or only possible once the check has
+    failed, write `if ...: raise` instead.
     """
     if not condition:
         raise ValueError(message)
 
 
-def shown(value):
-    """A value as messages show it: on one line, and cut where it is long."""
+def shown(value: object) -> str:
+    """repr(value) for an error message: on one line, cut to 60 characters."""
     return " ".join(repr(value).split())[:60]
 
 
-def refuse_flag(name, value):
-    """Raise ValueError unless `value` is True or False."""
+def refuse_flag(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is a bool."""
     require(isinstance(value, bool), f"{name}={shown(value)} is neither True nor False.")
 
 
-def refuse_size(name, value, what):
-    """Raise ValueError unless `value` is a whole number from 1 on."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
+def refuse_size(name: str, value: object, what: str) -> None:
+    """Raise ValueError unless `value` is an int of at least 1."""
     require(
-        whole and value >= 1,
+        isinstance(value, int) and not isinstance(value, bool) and value >= 1,
         f"{name}={shown(value)} is no {what}; give a whole number from 1 on.",
     )
 
 
-def refuse_no_model(model):
+def refuse_no_model(model: object) -> None:
     """Raise ValueError unless `model` is an nn.Module."""
-    if not isinstance(model, nn.Module):  # to show a model, torch walks through all of it
+    if not isinstance(model, nn.Module):  # no `require`: the repr of a whole model is expensive
         raise ValueError(f"{shown(model)} is no model; give an nn.Module, as load_base returns.")
 
 
-def refuse_other_shapes(state, expected):
-    """Raise ValueError unless the tensors of an adapter have the shapes that the model expects.
+def refuse_other_shapes(
+    state: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise ValueError unless the adapter weights have the shapes that the model expects.
 
     state: {key: tensor}. expected: {key: shape}.
     """

@@ -1,21 +1,18 @@
-"""Checks of encoded rows before they are collated: a row that could not be trained on is refused.
+"""Checks of encoded rows before `Collator` pads them: rows that cannot be trained on raise."""
 
-Nothing here pads or masks. `Collator` calls `checked`, and the sentences say what to give instead.
-"""
-
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
 from minipeft.refusals import require, shown
 
 
-def checked(rows):
-    """The rows as dicts of tensors; what else a row holds is left out.
+def checked(rows: Sequence[Mapping[str, object]]) -> list[dict[str, torch.Tensor]]:
+    """Check the rows and return them as dicts of tensors. Other keys are dropped.
 
-    Of each row: input_ids, int64 (seq,); attention_mask, ones (seq,); token_type_ids, int64 (seq,),
-    if all rows have them; labels, if all rows have them, int64 (seq,), or those of a whole row, ()
-    or (labels,). Raises ValueError for what would train wrong in silence.
+    Each row gets input_ids, int64 (seq,), and attention_mask, ones (seq,). If all rows have them,
+    also token_type_ids, int64 (seq,), and labels: int64 (seq,), or for a classifier () or
+    (labels,). Raises ValueError for rows that would silently train the wrong thing.
     """
     if not isinstance(rows, list | tuple) or not rows:
         raise ValueError(f"A batch needs rows, in a list; got {shown(rows)}.")
@@ -44,11 +41,11 @@ def checked(rows):
 
 
 def _add_labels(rows, new_rows):
-    """Put the checked labels of `rows` into `new_rows`, beside their input_ids."""
+    """Check the labels of `rows` and add them to `new_rows`."""
     labels = [_tensor(i, row, "labels") for i, row in enumerate(rows)]
-    of_rows = of_whole_rows(labels)
+    per_row = of_whole_rows(labels)
     for i, (row, new) in enumerate(zip(rows, new_rows, strict=True)):
-        if of_rows:
+        if per_row:
             new["labels"] = labels[i]  # () or (labels,)
             _refuse_row_label(i, labels[i], labels[0])
             continue
@@ -60,13 +57,13 @@ def _add_labels(rows, new_rows):
         )
 
 
-def of_whole_rows(labels):
-    """Are they labels of whole rows: a class number each, or numbers that are no whole ones?"""
+def of_whole_rows(labels: Iterable[torch.Tensor]) -> bool:
+    """Whether the labels belong to whole rows: class numbers (), or floating-point numbers."""
     return all(v.dim() == 0 or v.is_floating_point() and v.numel() for v in labels)
 
 
 def _tensor(i, row, name):
-    """A value of a row as a tensor of numbers."""
+    """row[name] as a tensor of real numbers."""
     try:
         value = torch.as_tensor(row[name])
     except (TypeError, ValueError, RuntimeError):
@@ -77,7 +74,7 @@ def _tensor(i, row, name):
 
 
 def _ids(i, row, name, like=None):
-    """A value of a row as int64 (seq,), of the length of `like`; -100 is allowed in labels."""
+    """row[name] as int64 (seq,), as long as `like`. Only labels may be -100."""
     value = _tensor(i, row, name)
     if like is not None and value.dim() == 1 and len(value) != len(like):
         raise ValueError(
@@ -100,7 +97,7 @@ def _ids(i, row, name, like=None):
 
 
 def _refuse_row_label(i, label, first):
-    """A class number is 0 or more; numbers are finite, and as many in each row."""
+    """Raise ValueError unless it is a class >= 0, or finite numbers, as many as in `first`."""
     fits = label.shape == first.shape and label.dim() <= 1 and label.isfinite().all()
     require(
         fits and (label.is_floating_point() or label >= 0),

@@ -1,24 +1,34 @@
 """The logits of a causal language model at its targets: the labels that are not -100."""
 
+from collections.abc import Mapping
 
-def target_places(batch):
+import torch
+from torch import nn
+from transformers.utils import ModelOutput
+
+
+def target_places(batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """(rows, columns), each (targets,): labels[rows, columns + 1] are the targets.
 
-    Looked up where the labels are, before they travel: on a GPU it would make the host wait.
+    Call it before the labels move to the GPU, where `nonzero` forces a synchronisation.
     """
     return (batch["labels"][:, 1:] != -100).nonzero(as_tuple=True)
 
 
-def logits_at_targets(model, batch, **options):
-    """(output, logits (targets, vocab), targets (targets,)) of a causal language model.
+def logits_at_targets(
+    model: nn.Module, batch: Mapping[str, torch.Tensor], **options: object
+) -> tuple[ModelOutput, torch.Tensor, torch.Tensor]:
+    """Return (model output, logits (targets, vocab), targets (targets,)).
 
-    Positions before the first target need no logits, and they are the largest tensor of the step,
-    so only the last `keep` are asked for. Raises ValueError for a label beyond the vocabulary.
+    The logits are the largest tensor of a training step, so those before the first target are not
+    computed (`logits_to_keep`). `options` go to the model.
+    Raises ValueError for a label outside the vocabulary.
     """
     device = next(model.parameters()).device
     rows, columns = target_places(batch)
     labels = batch["labels"]  # (batch, seq)
-    first = int(columns.min()) if len(columns) else labels.shape[1] - 1  # none: other ranks have
+    # On several ranks the shard of one may have no target.
+    first = int(columns.min()) if len(columns) else labels.shape[1] - 1
     keep = labels.shape[1] - first
     inputs = {name: send(tensor, device) for name, tensor in batch.items() if name != "labels"}
     output = model(**inputs, use_cache=False, logits_to_keep=keep, **options)
@@ -29,15 +39,15 @@ def logits_at_targets(model, batch, **options):
     return output, logits[rows, columns], targets
 
 
-def send(tensor, device):
-    """The tensor on `device`. Out of pinned memory a copy to a GPU runs while the host goes on."""
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy the tensor to `device`; from the CPU to a GPU asynchronously, through pinned memory."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.contiguous().pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
-def refuse_beyond(labels, count):
-    """Raise ValueError for class numbers or token ids outside 0 to count - 1."""
+def refuse_beyond(labels: torch.Tensor, count: int) -> None:
+    """Raise ValueError for class numbers or token ids outside 0 to count - 1, except -100."""
     bad = labels[(labels != -100) & ((labels < 0) | (labels >= count))]
     if len(bad):
         raise ValueError(

@@ -1,11 +1,12 @@
-"""The scripts behind the long runs: they run on a tiny model, and their results hold together."""
+"""The scripts behind the evidence: they run on a tiny model, and their results hold together."""
 
 import csv
 import importlib
+import json
+import math
 import statistics
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,38 +15,7 @@ import minipeft
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(FOLDER))
-
-FILES = {  # {file: (script, what makes a row unique)}
-    "long-runs.csv": ("long_runs", ("method", "setting", "lr", "seed", "step")),
-    "distil.csv": (
-        "distil",
-        ("route", "trained_blocks", "loss", "lr", "seed", "steps", "step", "layers"),
-    ),
-    "choosing.csv": ("choosing", ("part", "method", "lr", "seed", "examples")),
-    "chinese.csv": ("chinese", ("method", "seed")),
-    "lora-family.csv": ("lora_family", ("kind", "setting", "lr", "seed", "steps")),
-}
-
-
-@pytest.fixture
-def tiny(monkeypatch):
-    """A function: the script of that name, on a tiny model that is the same at every load."""
-
-    def load(name):
-        module = importlib.import_module(name)
-
-        def load_base(*_, **__):
-            torch.manual_seed(0)
-            return minipeft.load_base("tiny-llama", device="cpu")
-
-        for one in (
-            module,
-            importlib.import_module("long_runs"),
-        ):  # choosing.py calls its `prepare`
-            monkeypatch.setattr(one, "load_base", load_base)
-        return module
-
-    return load
+RESULTS = FOLDER / "results" / "evidence.csv"
 
 
 def rows_of(path):
@@ -53,38 +23,391 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_each_result_is_whole(name):
-    script, key = FILES[name]
-    path = FOLDER / "results" / name
-    rows = rows_of(path)
-    columns = getattr(importlib.import_module(script), "COLUMNS", None)
-    assert rows and (columns is None or list(rows[0]) == columns)
-    seen = [tuple(row[k] for k in ("device", *key)) for row in rows]
-    assert len(set(seen)) == len(seen)
-    for row in rows:
-        assert row["torch"] and row["transformers"] and row["device"] and row["threads"]
-        for answers, right, total in (
-            ("answers", "right", "total"),
-            *((f"{kind}_answers", kind, f"{kind}_total") for kind in ("amazon", "tweets")),
-        ):
-            if row.get(answers):
-                assert len(row[answers]) == int(row[total])
-                assert row[answers].count("1") == int(row[right])
+@pytest.fixture
+def evidence():
+    return importlib.import_module("evidence")
+
+
+@pytest.fixture
+def tasks():
+    return importlib.import_module("tasks")
+
+
+@pytest.fixture
+def tiny(monkeypatch, tasks):
+    """All tasks and scripts on a tiny model that is the same at every load."""
+
+    def load_base(*_, **__):
+        torch.manual_seed(0)
+        return minipeft.load_base("tiny-llama", device="cpu")
+
+    names = ["tasks.training", "tasks.distillation", "cost", "qlora"]
+    for module in map(importlib.import_module, names):
+        monkeypatch.setattr(module, "load_base", load_base)
+    return load_base
+
+
+# ---- the file ----------------------------------------------------------------------------------
+
+
+def test_each_stored_run_is_whole_and_there_once(evidence, tasks):
+    rows = rows_of(RESULTS)
+    assert list(rows[0]) == evidence.COLUMNS
+    runs = [(row["device"], evidence.run_of(row)) for row in rows]
+    assert len(set(runs)) == len(runs)
+    for row, (_, run) in zip(rows, runs, strict=True):
+        assert all(row[name] for name in ("date", "device", "threads", "torch", "transformers"))
+        assert run.task in tasks.TASKS and isinstance(json.loads(row["details"]), dict)
+        if row["answers"]:
+            assert len(row["answers"]) == int(row["total"])
+            assert row["answers"].count("1") == int(row["right"])
+
+
+def test_each_stored_run_is_one_of_todays(evidence, tasks):
+    """Method, steps and examples of every row are those of a setting: no row is an orphan."""
+    for row in rows_of(RESULTS):
+        run = evidence.run_of(row)
+        known = {(s.method, s.steps, s.examples) for s in tasks.TASKS[run.task][0]}
+        if (run.method, run.steps, run.examples) not in known:
+            # two lengths that a notebook compares with the setting of today
+            assert run.task == "reviews" and run.method.startswith("prompt tuning"), run
 
 
 def test_what_another_device_did_is_not_done_here(monkeypatch):
     where = importlib.import_module("this_machine")
-    for name in FILES:
-        path = FOLDER / "results" / name
-        monkeypatch.setattr(where, "pick_device", lambda: torch.device("cpu"))
-        assert where.rows_so_far(path) == [r for r in rows_of(path) if r["device"] == "cpu"] != []
-        monkeypatch.setattr(where, "pick_device", lambda: torch.device("mps"))
-        assert where.rows_so_far(path) == []
-    for script in FOLDER.glob("*.py"):  # there is no other way to what is done
+    monkeypatch.setattr(where, "pick_device", lambda: torch.device("cpu"))
+    mine = [row for row in rows_of(RESULTS) if row["device"] == "cpu"]
+    assert where.rows_so_far(RESULTS) == mine != []
+    monkeypatch.setattr(where, "pick_device", lambda: torch.device("mps"))
+    assert where.rows_so_far(RESULTS) == []
+    for script in FOLDER.rglob("*.py"):  # there is no other way to what is done
         assert script.name == "this_machine.py" or "csv.DictReader" not in script.read_text(), (
             script
         )
+
+
+def test_the_losses_of_single_chinese_rows_fit_the_answers():
+    lengths = {
+        "own": minipeft.load_instructions("chinese")["test"]["answer"],
+        "dialogue": minipeft.load_dialogues("chinese")["test"]["answer"],
+    }
+    for row in rows_of(RESULTS):
+        if row["task"] == "chinese":
+            details = json.loads(row["details"])
+            for source, answers in lengths.items():
+                assert len(details[f"{source}_losses"]) == len(answers)
+                assert details[f"{source}_chars"] == sum(map(len, answers))
+
+
+def test_the_same_recipe_gave_the_same_answers_in_two_tasks(evidence):
+    """`reviews` and `transfer` train alike: on one kind of machine the answers agree."""
+    names = {
+        "LoRA": "LoRA r=8",
+        "prefix-tuning": "prefix-tuning n=10 text",
+        "all blocks": "last 30 blocks",
+    }
+    old = {
+        (row["device"], row["method"], row["seed"], float(row["lr"])): row["answers"]
+        for row in rows_of(RESULTS)
+        if row["task"] == "reviews" and row["steps"] == "60"
+    }
+    compared = 0
+    for row in rows_of(RESULTS):
+        key = (row["device"], names.get(row["method"]), row["seed"], float(row["lr"]))
+        if row["task"] == "transfer" and key in old:
+            same = sum(a == b for a, b in zip(row["answers"], old[key], strict=True))
+            assert same >= 0.97 * len(old[key])
+            compared += 1
+    assert compared
+
+
+# ---- the plan ----------------------------------------------------------------------------------
+
+
+def made(run, loss):
+    """A row of the file as the runner sees it."""
+    return {name: str(value) for name, value in run._asdict().items()} | {"valid_loss": str(loss)}
+
+
+def search(evidence, setting, loss_at):
+    """All runs that a setting asks for where the validation loss at a rate is loss_at(rate)."""
+    rows = []
+    while wanted := evidence.missing("task", setting, rows):
+        rows += [made(run, loss_at(run.lr)) for run in wanted]
+        assert len(rows) < 50
+    return [evidence.run_of(row) for row in rows]
+
+
+def test_the_best_rate_is_inside_of_the_rates_tried(evidence, tasks):
+    setting = importlib.import_module("tasks.training").Setting("m", (1e-3, 3e-3), 60, 0, (0, 1, 2))
+    for best in (1e-4, 1e-3, 3e-3, 3e-2):
+        runs = search(evidence, setting, lambda lr, best=best: abs(math.log(lr / best)))
+        tried = sorted(run.lr for run in runs if run.seed == 0)
+        assert len(set(tried)) == len(tried)
+        closest = min(tried, key=lambda lr: abs(math.log(lr / best)))
+        assert tried[0] < closest < tried[-1]
+        assert {run.lr for run in runs if run.seed in (1, 2)} == {closest}
+        assert len(runs) == len(tried) + 2
+
+
+def test_a_search_without_end_is_stopped_and_a_diverged_run_is_never_best(evidence):
+    setting = importlib.import_module("tasks.training").Setting("m", (1e-3, 3e-3, 1e-2), 60, 0)
+    runs = search(evidence, setting, lambda lr: -lr)  # the larger, the better, for ever
+    assert len({run.lr for run in runs}) == evidence.MOST_RATES
+    runs = search(evidence, setting, lambda lr: "nan" if lr > 2e-3 else 1.0)
+    assert max(run.lr for run in runs if run.seed == 1) < 2e-3
+
+
+def test_one_rate_is_not_searched_and_no_rate_is_run_once(evidence):
+    Setting = importlib.import_module("tasks.training").Setting
+    runs = search(evidence, Setting("m", (1e-3,), 60), lambda lr: "")
+    assert runs == [evidence.Run("task", "m", 1e-3, seed, 60, 0) for seed in (0, 1, 2)]
+    assert search(evidence, Setting("m"), lambda lr: "") == [evidence.Run("task", "m", 0, 0, 0, 0)]
+
+
+def test_grades_and_addition_try_three_rates_and_five_seeds(tasks):
+    for task in ("grades", "addition"):
+        for setting in tasks.TASKS[task][0]:
+            assert setting.method == "zero-shot" or len(setting.rates) >= 3
+            assert len(setting.seeds) == 5
+
+
+def run_main(evidence, monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["evidence.py", *words])
+    with pytest.raises(SystemExit) as ended:
+        evidence.main()
+    return ended.value.code
+
+
+class Here:
+    """A pool that works in this process, so that the tiny model is there."""
+
+    def __init__(self, workers, context, start, arguments):
+        self.shutdown = lambda: None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *arguments):
+        future = importlib.import_module("concurrent.futures").Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def test_the_runner_makes_what_is_missing_and_nothing_twice(
+    evidence, tasks, tiny, tmp_path, monkeypatch
+):
+    out = tmp_path / "evidence.csv"
+    settings, run = tasks.TASKS["chinese"]
+    chosen = [s._replace(steps=min(s.steps, 2), seeds=(0, 1)) for s in settings[:2]]
+    monkeypatch.setitem(tasks.TASKS, "chinese", (chosen, run))
+    monkeypatch.setattr(importlib.import_module("tasks.chinese"), "SAMPLES", 1)
+    monkeypatch.setattr(evidence, "ProcessPoolExecutor", Here)
+    words = ["--tasks", "chinese", "--out", str(out), "--workers", "2"]
+    assert run_main(evidence, monkeypatch, *words, "--seconds", "-1") == 0 and not out.exists()
+    assert run_main(evidence, monkeypatch, *words) == 0
+    rows = rows_of(out)
+    assert {(r["method"], r["seed"]) for r in rows} == {
+        ("zero-shot", "0"), ("LoRA", "0"), ("LoRA", "1"),
+    }  # fmt: skip
+    assert run_main(evidence, monkeypatch, *words) == 0
+    assert rows_of(out) == rows
+    details = json.loads(rows[0]["details"])
+    assert len(details["own_losses"]) == 22 and len(details["samples"]) == 2
+
+
+def test_a_run_that_fails_is_told_about_and_the_others_go_on(
+    evidence, tasks, tmp_path, monkeypatch, capsys
+):
+    Setting = importlib.import_module("tasks.training").Setting
+
+    def run(method, lr, seed, steps, examples):
+        if method == "bad":
+            raise ValueError("this one cannot")
+        return {"right": 1, "total": 2, "answers": "10"}
+
+    settings = [Setting("bad", (1.0,), 1, 0, (0,)), Setting("good", (1.0,), 1, 0, (0,))]
+    monkeypatch.setitem(tasks.TASKS, "fake", (settings, run))
+    monkeypatch.setattr(evidence, "ProcessPoolExecutor", Here)
+    out = tmp_path / "evidence.csv"
+    code = run_main(evidence, monkeypatch, "--tasks", "fake", "--out", str(out))
+    assert code == "1 runs failed" and "this one cannot" in capsys.readouterr().out
+    assert [row["method"] for row in rows_of(out)] == ["good"]
+
+
+def test_an_unknown_task_is_refused(evidence, monkeypatch, capsys):
+    assert run_main(evidence, monkeypatch, "--tasks", "no") == 2
+    assert "there is no task no" in capsys.readouterr().err
+
+
+# ---- the tasks ---------------------------------------------------------------------------------
+
+QUICK = {  # {task: method, training rows}
+    "grades": ("LoRA+, all linear, r=8", 20),
+    "addition": ("biases (added)", 20),
+    "transfer": ("prefix-tuning", 20),
+    "reviews": ("P-tuning n=10 mlp template", 20),
+    "encoder_or_table": ("lstm_table", 20),
+    "subspaces": ("variant lora+ 4", 20),
+}
+
+
+@pytest.mark.parametrize("task", QUICK)
+def test_a_task_trains_and_judges(task, tasks, tiny, monkeypatch):
+    method, examples = QUICK[task]
+    if task == "reviews":  # the placeholder is the first id beyond the vocabulary
+        reviews = importlib.import_module("tasks.reviews")
+        monkeypatch.setattr(reviews, "HOLE_ID", len(tiny()[1]))
+        add = reviews.METHODS["reviews"][method]
+        monkeypatch.setitem(
+            reviews.METHODS["reviews"], method,
+            (*add[:2], lambda m: minipeft.add_p_tuning(m, 10, "mlp", None, reviews.HOLE_ID)),
+        )  # fmt: skip
+    if task == "grades":  # to its tokenizer, a space is a token of its own
+        grades = importlib.import_module("tasks.grades")
+        monkeypatch.setattr(grades, "GRADES", ("terrible", "bad", "okay", "good", "Yes"))
+    if task == "subspaces":
+        monkeypatch.setattr(
+            importlib.import_module("tasks.subspaces"), "PROBE", "model.layers.0.self_attn.q_proj"
+        )
+    reviews, grades = (importlib.import_module(f"tasks.{name}") for name in ("reviews", "grades"))
+    monkeypatch.setattr(reviews, "TESTS", 60)
+    monkeypatch.setattr(reviews, "OTHER_TESTS", 16)
+    few = {name: rows.select(range(60)) for name, rows in minipeft.load_grades().items()}
+    monkeypatch.setattr(grades, "load_grades", lambda: few)
+    row = tasks.TASKS[task][1](method, 1e-3, 0, 4, examples)
+    assert row["trainable"] > 0 and float(row["train_loss"]) > 0 and float(row["valid_loss"]) > 0
+    sizes = {"grades": 60, "addition": 500, "transfer": 60, "reviews": 60, "subspaces": 300}
+    assert row.get("total") == sizes.get(task)
+    if task == "grades":
+        assert {"dialogue_loss", "text_loss"} == set(row["details"])
+    if task == "transfer":
+        assert len(row["details"]["tweets"]) == 16
+
+
+def test_every_method_of_the_comparison_can_be_added(tiny):
+    methods = importlib.import_module("tasks.methods")
+    for name, (rates, add) in methods.METHODS.items():
+        k = [int(word) for word in name.split() if word.isdigit() and "block" in name]
+        model, _ = tiny()
+        if k or name == "all blocks":  # the tiny model has fewer blocks
+            with pytest.raises(ValueError, match="not a whole number of blocks"):
+                add(model)
+            continue
+        add(model)
+        trained = any(p.requires_grad for p in model.parameters())
+        assert trained and (bool(rates) or name == "zero-shot")
+
+
+def test_added_biases_change_nothing_and_are_trained_alone(tiny):
+    methods = importlib.import_module("tasks.methods")
+    model, _ = tiny()
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        methods.biases(model)
+        assert torch.equal(model(ids).logits, before)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    linear = sum(isinstance(m, torch.nn.Linear) for m in model.model.layers.modules())
+    assert len(names) == linear and all(name.endswith("bias") for name in names)
+
+
+def test_sums_are_right_and_no_pair_comes_twice():
+    sums = importlib.import_module("tasks.addition").load_sums()
+    assert {name: len(rows) for name, rows in sums.items()} == {
+        "train": 20_000, "validation": 500, "test": 500,
+    }  # fmt: skip
+    seen = set()
+    for rows in sums.values():
+        for row in rows:
+            a, _, b, _ = row["prompt"].split()
+            assert int(row["answer"]) == int(a) + int(b) and len(a) == len(b) == 3
+            seen.add(frozenset((a, b)))
+    assert len(seen) == 21_000
+
+
+def test_a_student_is_cut_and_trained_as_its_name_says(tasks, tiny, monkeypatch):
+    distillation = importlib.import_module("tasks.distillation")
+    layers = tiny()[0].config.num_hidden_layers
+    monkeypatch.setitem(distillation.ROUTES, "route", [range(layers), range(layers - 1)])
+    one = ("route", 1, distillation.ALL, 2.0, (1e-3,))
+    monkeypatch.setitem(distillation.LISTS["distillation"], "test", one)
+    splits = {name: rows.select(range(8)) for name, rows in minipeft.load_reviews().items()}
+    monkeypatch.setattr(distillation, "splits_of", lambda task: splits)
+    teacher, tokenizer = tiny()
+    by_teacher = distillation.answers("distillation", teacher, tokenizer)
+    monkeypatch.setattr(
+        distillation, "teacher_of", lambda task: (teacher.eval(), tokenizer, by_teacher)
+    )
+    trained = []
+
+    def fit(model, *arguments, **options):
+        trained.append({n for n, p in model.named_parameters() if p.requires_grad})
+        return {}
+
+    monkeypatch.setattr(distillation, "fit", fit)
+    row = distillation.run("distillation", "test", 1e-3, 0, 2, 0)
+    stages = row["details"]["stages"]
+    assert [stage["step"] for stage in stages] == [0, 1, 1, 2]
+    assert [stage["layers"] for stage in stages] == [layers, layers, layers - 1, layers - 1]
+    assert stages[0]["as_teacher"] == 8  # not cut yet, so it answers as its teacher
+    for names, last in zip(trained, (layers - 1, layers - 2), strict=True):
+        assert names and all(n.startswith((f"model.layers.{last}.", "model.norm")) for n in names)
+
+
+def test_a_loss_without_labels_does_not_depend_on_them(tiny):
+    distillation = importlib.import_module("tasks.distillation")
+    student, tokenizer = tiny()
+    teacher, _ = tiny()
+    with torch.no_grad():  # tuned: no longer what load_base gives
+        teacher.model.norm.weight.mul_(2)
+    batch = minipeft.Collator(0)([minipeft.encode(tokenizer, "Good?", " Yes")])
+    other = batch | {"labels": torch.where(batch["labels"] == -100, -100, 7)}
+    layers = student.config.num_hidden_layers
+    for name, same in (("soft+hidden", True), ("soft", True), (distillation.ALL, False)):
+        loss = distillation.loss_of(name, 2.0, teacher, layers)["loss_sum"]
+        assert torch.equal(loss(student, batch), loss(student, other)) == same
+    assert distillation.loss_of("labels", 2.0, teacher, layers) == {}
+
+
+def test_a_subspace_moves_along_d_orthogonal_directions():
+    subspaces = importlib.import_module("tasks.subspaces")
+    torch.manual_seed(0)
+    d, shape = 5, (6, 7)
+    index = torch.randint(2 * d, (42,), dtype=torch.int32)
+    theta = torch.randn(d, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(shape, dtype=torch.float64)
+    dense = torch.zeros(42, d, dtype=torch.float64)  # P, as the paper writes it
+    for row, place in enumerate(index.tolist()):
+        dense[row, place % d] = 1.0 if place < d else -1.0
+    moved = subspaces.Subspace(theta, index)(weight)
+    torch.testing.assert_close(moved, weight + (dense @ theta).view(shape))
+    gram = dense.T @ dense
+    assert torch.equal(gram, torch.diag(gram.diagonal()))
+    torch.autograd.gradcheck(lambda t: subspaces.Subspace(t, index)(weight), theta)
+
+
+def test_a_subspace_leaves_the_model_as_it_is_at_first():
+    subspaces = importlib.import_module("tasks.subspaces")
+    model, _ = minipeft.load_base("tiny-llama", device="cpu")
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        subspaces.add_subspace(model, 11, seed=0)
+        assert torch.equal(model(ids).logits, before)
+    assert minipeft.count_parameters(model)[0] == 11
+    model(ids, labels=ids).loss.backward()
+    thetas = [p for p in model.parameters() if p.requires_grad]
+    assert len(thetas) == 1 and bool(thetas[0].grad.any())
+
+
+# ---- costs -------------------------------------------------------------------------------------
 
 
 def test_a_time_begins_and_ends_when_the_device_is_idle(monkeypatch):
@@ -96,106 +419,46 @@ def test_a_time_begins_and_ends_when_the_device_is_idle(monkeypatch):
     assert told[3:] == ["work"]
 
 
-def test_ratios_are_of_times_taken_so(tiny, monkeypatch):
-    choosing, distil, times = tiny("choosing"), tiny("distil"), iter([9.0, 9.0] + [2.0, 6.0] * 50)
+def test_ratios_are_of_times_taken_in_turns(monkeypatch):
+    cost, times, done = importlib.import_module("cost"), iter([9.0, 9.0, 2.0, 6.0, 2.0, 6.0]), []
 
     def taken(work, device):
         work()
         return next(times)
 
-    for module in (choosing, distil):
-        monkeypatch.setattr(module, "seconds", taken)
-    monkeypatch.setattr(choosing, "pick_device", lambda: torch.device("cpu"))
-    done = []
+    monkeypatch.setattr(cost, "seconds", taken)
     # Who begins changes: the first takes 2 and the second 6, then the other way round.
-    assert choosing.medians((lambda: done.append("a"), lambda: done.append("b")), 1) == "0.333"
-    assert done == ["b", "a", "a", "b"]
-    teacher, tokenizer = distil.load_base()
-    assert distil.ratios(teacher, teacher, tokenizer, ["Good?"], 1) == [1 / 3, 1 / 3]
+    ratio, first = cost.compare((lambda: done.append("a"), lambda: done.append("b")), 2)
+    assert done == ["b", "a", "a", "b", "b", "a"]
+    assert ratio == statistics.median([2 / 6, 6 / 2]) and first == 4.0
 
 
-def test_a_step_of_another_device_brings_its_batch_there(tiny):
-    choosing = tiny("choosing")
-    model, tokenizer = choosing.load_base()
-    rows = minipeft.load_reviews()["train"].select(range(2))
-    model, seen = minipeft.add_lora(model).to("meta"), set()
-
-    def forward(use_cache, **batch):
-        seen.update(tensor.device.type for tensor in batch.values())
-        return SimpleNamespace(loss=sum(p.sum() for p in model.parameters() if p.requires_grad))
-
-    model.forward = forward
-    choosing.stepper(model, tokenizer, str, rows)()
-    assert seen == {"meta"}
-
-
-def test_the_losses_of_single_chinese_rows_make_up_the_mean():
-    for row in rows_of(FOLDER / "results" / "chinese.csv"):
-        for source in ("own", "dialogue"):
-            losses = [float(loss) for loss in row[f"{source}_losses"].split()]
-            assert len(losses) == int(row[f"{source}_rows"])
-            mean = sum(losses) / int(row[f"{source}_chars"])
-            assert mean == pytest.approx(float(row[f"{source}_loss_per_char"]), abs=2e-3)
-
-
-def test_the_same_recipe_gave_the_same_answers_in_two_files():
-    """choosing.py and long_runs.py train alike: on one kind of machine the answers agree."""
-    names = {"LoRA": "r=8", "prefix-tuning": "n=10 text", "all blocks": "all 30 blocks"}
-    old = {
-        (row["setting"], row["seed"], row["lr"]): row
-        for row in rows_of(FOLDER / "results" / "long-runs.csv")
-        if row["answers"] and row["step"] == "60"
-    }
-    compared = 0
-    for row in rows_of(FOLDER / "results" / "choosing.csv"):
-        twin = old.get((names.get(row["method"]), row["seed"], row["lr"]))
-        if row["part"] == "methods" and twin and row["answers"] and row["device"] == twin["device"]:
-            same = sum(a == b for a, b in zip(row["answers"], twin["answers"], strict=True))
-            assert same >= 0.97 * len(row["answers"])
-            compared += 1
-    assert compared
-
-
-def test_choosing_measures_each_run_once(tiny, tmp_path, monkeypatch):
-    choosing = tiny("choosing")
-    monkeypatch.setattr(choosing, "STEPS", 2)
+def test_costs_are_measured_in_each_state_and_once(tiny, tmp_path, monkeypatch):
+    cost = importlib.import_module("cost")
+    out = tmp_path / "cost.csv"
+    methods = ["zero-shot", "LoRA, q and v, r=8", "P-tuning, n=20"]
+    monkeypatch.setattr(sys, "argv", ["cost.py", "--methods", *methods, "--batches", "1",
+                                      "--rounds", "1", "--out", str(out)])  # fmt: skip
     monkeypatch.setattr(
-        choosing, "METHODS", {k: choosing.METHODS[k] for k in ("zero-shot", "LoRA", "adapters")}
+        cost, "fresh", lambda add, seed: (lambda model: (add(model), None))(tiny()[0])
     )
-    out = tmp_path / "choosing.csv"
-    words = ["choosing.py", "--seeds", "0", "1", "--tests", "6", "--other-tests", "4"]
-    monkeypatch.setattr(
-        sys, "argv", [*words, "--examples", "10", "--rounds", "1", "--out", str(out)]
-    )
-    choosing.main()
+    cost.main()
     rows = rows_of(out)
-    kinds = [(row["part"], row["method"], row["seed"]) for row in rows]
-    assert kinds.count(("methods", "adapters", "0")) == 2  # two rates, and one of them is judged
-    judged = [row for row in rows if row["part"] == "methods" and row["answers"]]
-    assert [(row["method"], row["seed"]) for row in judged] == [
-        ("zero-shot", "0"), ("LoRA", "0"), ("adapters", "0"), ("LoRA", "1"), ("adapters", "1"),
+    assert [(row["method"], row["state"]) for row in rows] == [
+        ("zero-shot", "as trained"),
+        (methods[1], "as trained"), (methods[1], "merged"),
+        (methods[2], "as trained"), (methods[2], "folded"),
     ]  # fmt: skip
-    tried = [row for row in rows if row["method"] == "adapters" and row["seed"] == "0"]
-    best = min(tried[:2], key=lambda row: float(row["valid_loss"]))
-    assert best["answers"] and judged[-1]["lr"] == best["lr"]
-    assert all(len(row["tweets_answers"]) == 4 and float(row["chat_loss"]) > 0 for row in judged)
-    costs = {row["method"]: row for row in rows if row["part"] == "cost"}
-    trained = sum(
-        p.numel()
-        for p in minipeft.add_lora(choosing.load_base()[0]).parameters()
-        if p.requires_grad
-    )
-    assert int(costs["LoRA"]["trainable"]) == trained
-    assert 4 * trained < int(costs["LoRA"]["file_bytes"]) < 4 * trained + 20_000
-    assert float(costs["LoRA"]["peak_gib"]) > 0 and float(costs["zero-shot"]["read_ratio"]) > 0
-    few = [row for row in rows if row["part"] == "examples"]
-    assert {(row["method"], row["examples"]) for row in few} == {("LoRA", "10")}
-    choosing.main()  # nothing is left to do
+    trained = minipeft.count_parameters(minipeft.add_lora(tiny()[0]))[0]
+    assert int(rows[1]["trainable"]) == trained and float(rows[1]["peak_gib"]) > 0
+    assert 4 * trained < int(rows[1]["file_bytes"]) < 4 * trained + 20_000
+    assert all(float(row["read_1"]) > 0 and float(row["write_ms_1"]) > 0 for row in rows)
+    cost.main()  # nothing is left to do
     assert rows_of(out) == rows
 
 
 def test_qlora_compares_both_bases_in_every_round(tiny, tmp_path, monkeypatch):
-    qlora = tiny("qlora")
+    qlora = importlib.import_module("qlora")
     monkeypatch.setattr(qlora, "RESULTS", tmp_path)
     monkeypatch.setattr(qlora, "pick_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(sys, "argv", ["qlora.py", "--rounds", "2", "--seq", "16", "32"])
@@ -224,99 +487,77 @@ def test_the_readme_says_what_qlora_measured():
     assert wanted in readme and len(rounds) == 2 * 12
 
 
-def test_distil_trains_the_last_blocks_alone(tiny, tmp_path, monkeypatch):
-    distil = tiny("distil")
-    layers = distil.load_base()[0].config.num_hidden_layers
-    monkeypatch.setattr(distil, "ROUTES", {"first 15": [range(layers), range(layers - 1)]})
-    moved = []  # by each training: the names of what it changed
-
-    def watched(model, *arguments, **options):
-        before = {n: p.detach().clone() for n, p in model.named_parameters()}
-        history = minipeft.train(model, *arguments, **options)
-        moved.append({n for n, p in model.named_parameters() if not torch.equal(p, before[n])})
-        return history
-
-    monkeypatch.setattr(distil, "train", watched)
-    reviews, (teacher, tokenizer) = minipeft.load_reviews(), distil.load_base()
-    texts = [
-        minipeft.encode(tokenizer, r["prompt"], r["answer"])
-        for r in reviews["train"].select(range(40))
-    ]
-    rows = distil.run(
-        "first 15", 1, distil.ALL, 1e-3, 0, 2, teacher, tokenizer, texts,
-        reviews["test"].select(range(8)), 1,
-    )  # fmt: skip
-    assert [row["step"] for row in rows] == [0, 1, 1, 2]
-    assert [row["layers"] for row in rows] == [layers, layers, layers - 1, layers - 1]
-    for names, last in zip(moved, (layers - 1, layers - 2), strict=True):
-        assert names and all(n.startswith((f"model.layers.{last}.", "model.norm")) for n in names)
-    assert all(row["bytes"] == 4 * row["parameters"] for row in rows)
+# ---- the report --------------------------------------------------------------------------------
 
 
-def test_distil_has_a_loss_without_labels_and_a_student_without_a_tuned_teacher(tiny, monkeypatch):
-    distil = tiny("distil")
-    student, _ = distil.load_base()
-    teacher, tokenizer = distil.load_base()
-    with torch.no_grad():  # tuned: no longer what load_base gives
-        teacher.model.norm.weight.mul_(2)
-    batch = minipeft.Collator(0)([minipeft.encode(tokenizer, "Good?", " Yes")])
-    other = batch | {"labels": torch.where(batch["labels"] == -100, -100, 7)}
-    layers = student.config.num_hidden_layers
-    for name, same in (("soft+hidden", True), (distil.ALL, False)):  # do the labels count?
-        loss = distil.loss_of(name, teacher, layers)["loss_sum"]
-        assert torch.equal(loss(student, batch), loss(student, other)) == same
-    monkeypatch.setattr(distil, "ROUTES", {n: [range(layers)] for n in ("first 15", "untuned")})
-    test = minipeft.load_reviews()["test"].select(range(6))
-    texts = [minipeft.encode(tokenizer, r["prompt"], r["answer"]) for r in test] * 5
-    cut = []
+def test_a_report_has_every_method_once_with_its_interval_and_group(tmp_path, monkeypatch):
+    report, evidence = importlib.import_module("report"), importlib.import_module("evidence")
+    rows = [
+        {"method": method, "lr": lr, "seed": seed, "valid_loss": loss,
+         "answers": "1" * right + "0" * (100 - right), "trainable": 7}
+        for method, lr, seed, loss, right in [
+            ("LoRA, q and v, r=8", 1e-3, 0, 0.4, 80), ("LoRA, q and v, r=8", 1e-3, 1, 0.5, 82),
+            ("LoRA, q and v, r=8", 3e-3, 0, 0.6, 99), ("norms", 1e-3, 0, 0.4, 81),
+            ("norms", 1e-3, 1, 0.4, 81), ("zero-shot", 0.0, 0, 1.0, 20),
+        ]
+    ]  # fmt: skip
+    common = {"device": "card", "task": "grades", "steps": 1, "examples": 0, "details": "{}"}
+    with open(tmp_path / "evidence.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, evidence.COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows(common | row for row in rows)
+    monkeypatch.setattr(report, "FOLDER", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["report.py", "grades", "--out", str(tmp_path)])
+    report.main()
+    lines = (tmp_path / "grades.md").read_text().splitlines()[2:]
+    assert [line.split(" | ")[0] for line in lines] == [
+        "| LoRA, q and v, r=8", "| norms", "| zero-shot",
+    ]  # fmt: skip
+    assert "| 0.001 |" in lines[0] and " 81.0 (" in lines[0]  # not the rate that is right of 99
+    assert "20.0, one run" in lines[2] and (tmp_path / "grades.png").stat().st_size > 10_000
+    _, judged = report.scores("grades")
+    assert report.groups_of(judged) == [["LoRA, q and v, r=8", "norms"]]
+
+
+def test_the_report_knows_each_method_of_the_comparison():
+    report, methods = importlib.import_module("report"), importlib.import_module("tasks.methods")
+    for name in methods.METHODS:
+        place, merged = report.place_of(name)
+        assert ("LoRA" in name or "DoRA" in name) == (merged == "yes")
+        assert report.style_of(name)
+
+
+# ---- memory, coverage --------------------------------------------------------------------------
+
+
+def test_memory_is_predicted_without_a_gpu(tmp_path, monkeypatch):
+    memory = importlib.import_module("memory")
     monkeypatch.setattr(
-        distil,
-        "student_from_layers",
-        lambda model, keep: cut.append(model) or minipeft.student_from_layers(model, keep),
+        sys, "argv", ["memory.py", "--cases", "25", "28", "--out", str(tmp_path / "m.csv")]
     )
-    for route in distil.ROUTES:
-        distil.run(route, 1, "labels", 1e-3, 0, 1, teacher, tokenizer, texts, test, 1)
-    assert cut[0] is teacher and cut[1] is not teacher
-    assert torch.equal(cut[1].model.norm.weight, student.model.norm.weight)
+    memory.main()
+    rows = rows_of(tmp_path / "m.csv")
+    assert [row["model"] for row in rows] == ["smollm2", "bloom-1b4-zh"]
+    for row in rows + rows_of(FOLDER / "results" / "memory.csv"):
+        assert int(row["predicted"]) == pytest.approx(int(row["fake"]), rel=0.01), row
+        if row["allocated"]:
+            assert int(row["predicted"]) == pytest.approx(int(row["allocated"]), rel=0.01), row
 
 
-def test_chinese_rows_and_samples(tiny, tmp_path, monkeypatch):
-    chinese = tiny("chinese")
-    monkeypatch.setattr(chinese, "STEPS", 1)
-    monkeypatch.setattr(chinese, "SAMPLES", 1)
-    row, samples = chinese.run("LoRA", 0)
-    assert row["own_rows"] == 22 and row["dialogue_rows"] == 51 and len(samples) == 2
-    assert row["own_chars"] == sum(
-        len(one["answer"]) for one in minipeft.load_instructions("chinese")["test"]
-    )
+def test_stored_coverage_is_what_compare_promises():
+    rows = rows_of(FOLDER / "results" / "coverage.csv")
+    assert {row["seeds"] for row in rows} == {"2", "3", "5"}
+    for row in rows:
+        if int(row["seeds"]) >= 3:
+            assert 0.925 <= float(row["both_covers"]) <= 0.99, row
+    spoilt = [float(row["rows_covers"]) for row in rows if row["luck"] == "0.3"]
+    assert max(spoilt) < 0.9  # an interval over the rows alone
 
 
-def test_a_subspace_moves_along_d_orthogonal_directions():
-    family = importlib.import_module("lora_family")
-    torch.manual_seed(0)
-    d, shape = 5, (6, 7)
-    index = torch.randint(2 * d, (42,), dtype=torch.int32)
-    theta = torch.randn(d, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(shape, dtype=torch.float64)
-    dense = torch.zeros(42, d, dtype=torch.float64)  # P, as the paper writes it
-    for row, place in enumerate(index.tolist()):
-        dense[row, place % d] = 1.0 if place < d else -1.0
-    moved = family.Subspace(theta, index)(weight)
-    torch.testing.assert_close(moved, weight + (dense @ theta).view(shape))
-    gram = dense.T @ dense
-    assert torch.equal(gram, torch.diag(gram.diagonal()))
-    torch.autograd.gradcheck(lambda t: family.Subspace(t, index)(weight), theta)
-
-
-def test_a_subspace_leaves_the_model_as_it_is_at_first():
-    family = importlib.import_module("lora_family")
-    model, _ = minipeft.load_base("tiny-llama", device="cpu")
-    ids = torch.arange(6)[None]
-    with torch.no_grad():
-        before = model(ids).logits
-        family.add_subspace(model, 11, seed=0)
-        assert torch.equal(model(ids).logits, before)
-    assert minipeft.count_parameters(model)[0] == 11
-    model(ids, labels=ids).loss.backward()
-    thetas = [p for p in model.parameters() if p.requires_grad]
-    assert len(thetas) == 1 and bool(thetas[0].grad.any())
+def test_coverage_simulates_what_it_says(monkeypatch):
+    coverage = importlib.import_module("coverage")
+    generator = torch.Generator().manual_seed(0)
+    x = coverage.difference(3, 50, 0.3, generator)
+    assert x.shape == (3, 50) and set(x.unique().tolist()) <= {-1.0, 0.0, 1.0}
+    halves = coverage.halves(x)
+    assert halves["both"][1] >= halves["rows"][1] > 0

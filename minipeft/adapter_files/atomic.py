@@ -1,16 +1,17 @@
-"""Write a folder so that a reader sees either all of it or nothing of it."""
+"""Write a folder atomically: a reader sees either all of it or nothing of it."""
 
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-MARK = "-minipeft-"  # within the hidden names of what is there for a moment only: ours to remove
+MARK = "-minipeft-"  # in the hidden names of temporary files and folders, which we may remove
 
 
-def flush(path):
-    """Ask the operating system to put a file, or every file below a folder, on the disk."""
+def flush(path: str | Path) -> None:
+    """Write a file, or every file below a folder, from the system's buffers to the disk."""
     path = Path(path)
     for file in path.rglob("*") if path.is_dir() else [path]:
         if file.is_file():
@@ -18,11 +19,11 @@ def flush(path):
                 os.fsync(opened.fileno())
 
 
-def behind_link(folder):
-    """The absolute path of the folder, or of the one that it links to, so that the link stays.
+def behind_link(folder: str | Path) -> Path:
+    """The absolute path of the folder or, for a symbolic link, of its target.
 
-    Raises NotADirectoryError for a link into a place that is not there, as on a disk that is not
-    mounted, and for a file.
+    Raises NotADirectoryError for a file, and for a link whose target's parent does not exist, for
+    example because a disk is not mounted.
     """
     folder = Path(folder).absolute()
     target = Path(os.path.realpath(folder)) if folder.is_symlink() else folder
@@ -38,7 +39,7 @@ def behind_link(folder):
 
 
 def _aside(folder):
-    """Where the old folder waits while the new one moves in. Nobody else gives such a name."""
+    """Where the old folder is while the new one is moved into its place."""
     return folder.with_name(f".{folder.name}{MARK}set-aside")
 
 
@@ -46,39 +47,39 @@ def _scratch(folder):
     return Path(tempfile.mkdtemp(prefix=f".{folder.name}{MARK}", dir=folder.parent))
 
 
-def discard(folder, aside):
-    """Remove the old folder; a kill in the middle must not leave half of it where it is found."""
+def discard(folder: Path, aside: Path) -> None:
+    """Remove `aside`, an old `folder`. It is renamed first, so that a killed process cannot leave
+    half of it under a name that is read."""
     hidden = _scratch(folder)
     os.rename(aside, hidden / folder.name)
     shutil.rmtree(hidden, ignore_errors=True)
 
 
-def recover_folder(folder):
-    """Undo a swap that was cut off: if only the set-aside old folder is left, put it back.
+def recover_folder(folder: str | Path) -> None:
+    """Undo an interrupted replacement: if only the set-aside old folder is left, put it back.
 
-    For who is about to write the folder, under the same lock. Who only reads calls nothing.
+    Call it before writing the folder, under the same lock. Readers need not call it.
     """
     folder = behind_link(folder)
     aside = _aside(folder)
     if aside.is_dir():
         if folder.exists():
-            discard(folder, aside)  # the swap had finished; only the clean-up was missing
+            discard(folder, aside)  # the new folder is in place; only the clean-up was missing
         else:
             os.rename(aside, folder)
 
 
 @contextmanager
-def whole_folder(folder):
-    """Yield an empty scratch folder; when the block ends well, it becomes `folder`.
+def whole_folder(folder: str | Path) -> Iterator[Path]:
+    """Yield an empty scratch folder that becomes `folder` if the block raises no exception.
 
-    The scratch folder stands beside `folder`, so that moving it into place is one rename on one
-    file system. When the block raises, the scratch folder is removed and `folder` is as it was.
-    When the process is killed, a scratch folder (`.<name>-minipeft-...`) may stay behind, but
-    `folder` is either the old one or the new one. A folder that was there before is set aside as
-    `.<name>-minipeft-set-aside` for the moment between two renames; if the process dies just then,
-    the next writer puts it back. A link to a folder stays, and what it points to is replaced. Two
-    writers of one folder need a lock of their own.
-    Raises NotADirectoryError if a file has that name, or a link leads nowhere.
+    The scratch folder is beside `folder`, so moving it into place is one rename on one file system.
+    If the block raises, it is removed and `folder` is unchanged. If the process is killed, a
+    scratch folder (`.<name>-minipeft-...`) may be left, but `folder` is either the old or the new
+    one. Between two renames the old folder is `.<name>-minipeft-set-aside`; if the process is
+    killed then, the next writer puts it back. For a symbolic link, its target is replaced.
+    Concurrent writers of one folder need a lock.
+    Raises NotADirectoryError if `folder` is a file or a broken link.
     """
     folder = behind_link(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +100,7 @@ def whole_folder(folder):
 
 
 def _umask():
-    """The permissions that this process takes away from new files."""
+    """The umask of this process, which Python can only read by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

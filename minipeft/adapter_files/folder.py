@@ -1,65 +1,68 @@
-"""Save and load what was trained, in the folder format of HF peft: JSON and safetensors.
+"""Save and load adapters in the folder format of HF peft: JSON and safetensors.
 
-`add_*` leaves the name of its technique on the model, as `model.minipeft`. What is trained
-beside it (a head, norms) goes into the same folder as whole modules.
+Modules that are trained in addition to the adapter (a head, norms) are saved as a whole in the same
+folder.
 """
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from minipeft.adapter_files import adapters, lora
 from minipeft.adapter_files import virtual_tokens as virtual
 from minipeft.adapter_files.atomic import MARK, behind_link, whole_folder
 from minipeft.adapter_files.modules import GENERATING, take_modules, task_of, trained_beside
-from minipeft.adapter_files.pair import holds_pair, read_pair, write_pair
-from minipeft.refusals import require
+from minipeft.adapter_files.pair import Config, State, holds_pair, read_pair, write_pair
+from minipeft.refusals import Model, require
 from minipeft.technique.on_model import technique_of
 from minipeft.training.distributed import barrier, gather, is_main_process
 
-# technique: (peft_type, what writes it, what HF peft puts in front of names of the base's modules)
-WRITERS = {
-    "lora": ("LORA", lora.to_peft, "base_model.model."),
-    "adapters": ("MINIPEFT_ADAPTERS", adapters.to_peft, ""),
-    "prompt_tuning": ("PROMPT_TUNING", virtual.prompt_tuning_to_peft, "base_model."),
-    "p_tuning": ("P_TUNING", virtual.p_tuning_to_peft, "base_model."),
-    "prefix_tuning": ("PREFIX_TUNING", virtual.prefix_tuning_to_peft, "base_model."),
-    "p_tuning_v2": ("PREFIX_TUNING", virtual.p_tuning_v2_to_peft, "base_model."),
+# technique: (peft_type, function that makes config and tensors of it)
+WRITERS: dict[str, tuple[str, Callable[..., tuple[Config, State]]]] = {
+    "lora": ("LORA", lora.to_peft),
+    "adapters": ("MINIPEFT_ADAPTERS", adapters.to_peft),
+    "prompt_tuning": ("PROMPT_TUNING", virtual.prompt_tuning_to_peft),
+    "p_tuning": ("P_TUNING", virtual.p_tuning_to_peft),
+    "prefix_tuning": ("PREFIX_TUNING", virtual.prefix_tuning_to_peft),
+    "p_tuning_v2": ("PREFIX_TUNING", virtual.p_tuning_v2_to_peft),
 }
-# peft_type: (what reads it, the settings that are understood, the same prefix of names)
-READERS = {
+# peft_type: (function that adds it to a model, known settings, HF peft's prefix of module names)
+READERS: dict[str, tuple[Callable[..., nn.Module], Mapping[str, tuple | None], str]] = {
     "LORA": (lora.from_peft, lora.READS, "base_model.model."),
     "MINIPEFT_ADAPTERS": (adapters.from_peft, adapters.READS, ""),
-    "PROMPT_TUNING":
-        (virtual.prompt_tuning_from_peft, virtual.PROMPT_TUNING_READS, "base_model."),
+    "PROMPT_TUNING": (virtual.prompt_tuning_from_peft, virtual.PROMPT_TUNING_READS, "base_model."),
     "P_TUNING": (virtual.p_tuning_from_peft, virtual.P_TUNING_READS, "base_model."),
-    virtual.TEMPLATE: (virtual.p_tuning_from_peft, virtual.P_TUNING_READS, "base_model."),
-    # With trained embeddings, which peft would pass by.
-    "MINIPEFT_PROMPT_TUNING":
-        (virtual.prompt_tuning_from_peft, virtual.PROMPT_TUNING_READS, "base_model."),
-    "MINIPEFT_P_TUNING": (virtual.p_tuning_from_peft, virtual.P_TUNING_READS, "base_model."),
     "PREFIX_TUNING": (virtual.prefix_tuning_from_peft, virtual.PREFIX_READS, "base_model."),
-}  # fmt: skip
-# Keys of every adapter_config that change no number. Each technique adds its own, as READS.
+}
+READERS |= {
+    virtual.TEMPLATE: READERS["P_TUNING"],
+    # With trained input embeddings, which HF peft would ignore.
+    "MINIPEFT_PROMPT_TUNING": READERS["PROMPT_TUNING"],
+    "MINIPEFT_P_TUNING": READERS["P_TUNING"],
+}
+# Keys of every adapter_config that do not affect the computation. Each technique adds its READS.
 ABOUT = ("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path",
          "revision", "inference_mode", "modules_to_save")  # fmt: skip
 
 
-def save_adapter(model, folder):
+def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     """Write adapter_config.json and adapter_model.safetensors, which HF peft reads. Returns folder.
 
-    Whatever is trainable is written, not the frozen base: the technique's own tensors, and beside
-    them each module with something trainable in it. An older adapter in `folder` is replaced at one
-    moment; other files beside it are left alone. A link to a folder stays, and is written through.
-    Raises ValueError if the model has no adapter, `folder` is in use for something else, or
-    something is trainable that has no place in such a folder.
+    All trainable parameters are written, but not the frozen base: the tensors of the technique, and
+    every other module with a trainable parameter, as a whole. An older adapter in `folder` is
+    replaced atomically; other files there are not changed. For a link, its target is written.
+    Raises ValueError if the model has no adapter, `folder` holds something else, or a parameter is
+    trainable that the format cannot hold.
     """
-    technique = technique_of(model)
-    require(technique is not None, "There is no adapter on this model; add one before you save it.")
+    technique = technique_of(model) or ""
+    require(technique, "There is no adapter on this model; add one before you save it.")
     target = _free_folder(folder)
     config, state = _contents(model, *WRITERS[technique])
     state = {k: gather(t).detach().to("cpu", copy=True).contiguous() for k, t in state.items()}
-    barrier()  # until every rank has looked at the folder
+    barrier()  # until every rank has checked the folder
     if is_main_process():
         if target.exists():
             write_pair(target, config, state)
@@ -71,7 +74,7 @@ def save_adapter(model, folder):
 
 
 def _free_folder(folder):
-    """The path behind a link. Raises ValueError if what is there is no adapter."""
+    """The path with links resolved. Raises ValueError if it holds anything but an adapter."""
     try:
         target = behind_link(folder)
     except NotADirectoryError as error:
@@ -84,8 +87,8 @@ def _free_folder(folder):
     return target
 
 
-def _contents(model, peft_type, to_peft, prefix):
-    """(adapter_config, {key: tensor}) of the technique and the modules that are trained beside."""
+def _contents(model, peft_type, to_peft):
+    """(adapter_config, {key: tensor}) of the technique and of the other trained modules."""
     config, state = to_peft(model)
     base = getattr(getattr(model, "config", None), "_name_or_path", "") or None
     config = {"peft_type": peft_type, "base_model_name_or_path": base} | config | task_of(model)
@@ -94,22 +97,23 @@ def _contents(model, peft_type, to_peft, prefix):
     kind = f"MINIPEFT_{config['peft_type']}"
     if kind in READERS and model.get_input_embeddings() in modules.values():
         config["peft_type"] = kind
+    prefix = READERS[peft_type][-1]
     for key, module in modules.items():
-        inner = module.state_dict(keep_vars=True).items()
-        state |= {f"{prefix}{key}.{k}": tensor for k, tensor in inner}
+        tensors = module.state_dict(keep_vars=True).items()
+        state |= {f"{prefix}{key}.{k}": tensor for k, tensor in tensors}
     return config, state
 
 
-def load_adapter(model, folder):
-    """Put the adapter of `folder`, by minipeft or HF peft, on its base model; returns the model.
+def load_adapter(model: Model, folder: str | Path) -> Model:
+    """Add the adapter of `folder`, by minipeft or HF peft, to its base model. Returns the model.
 
-    The adapter is trainable and the base frozen, as after `add_*`; so are the modules that were
-    trained beside it. The folder is only read. Raises ValueError, and leaves the model as it was,
-    if the folder holds no adapter, a damaged one, one of a kind or with a setting that minipeft
-    does not have, or one for another base model.
+    The base is frozen, as after `add_*`. The adapter is trainable, and so are the other modules in
+    the folder. Raises ValueError, and leaves the model unchanged, if the folder holds no adapter, a
+    damaged one, one of a kind or with a setting that minipeft does not have, or one for another
+    base model.
     """
     config, state = read_pair(Path(folder))
-    kind = config.get("peft_type")
+    kind: Any = config.get("peft_type")
     require(
         kind in list(READERS),
         f"The adapter is of type {kind}; minipeft has {', '.join(sorted(READERS))}.",
@@ -118,7 +122,7 @@ def load_adapter(model, folder):
     if kind == "PREFIX_TUNING" and task_of(model)["task_type"] not in GENERATING:
         from_peft = virtual.p_tuning_v2_from_peft
     _refuse_foreign(config, reads)
-    beside = take_modules(model, config, state, prefix)
+    modules = take_modules(model, config, state, prefix)
     for key, tensor in state.items():
         require(
             tensor.is_floating_point(),
@@ -126,17 +130,17 @@ def load_adapter(model, folder):
         )
     from_peft(model, config, state)
     with torch.no_grad():
-        for key, tensors in beside.items():
+        for key, tensors in modules.items():
             module = model.get_submodule(key).requires_grad_(True)
-            for inner, own in module.state_dict(keep_vars=True).items():
-                own.copy_(tensors[inner])
+            for name, own in module.state_dict(keep_vars=True).items():
+                own.copy_(tensors[name])
     return model
 
 
 def _refuse_foreign(config, reads):
-    """Raise ValueError for a setting that is neither understood nor off.
+    """Raise ValueError for a setting that minipeft does not know and that is not off.
 
-    reads: {key: the values that are understood, or None where the technique looks itself}.
+    reads: {key: known values, or None if the technique checks the value itself}.
     """
     foreign = []
     for key, value in config.items():

@@ -1,19 +1,21 @@
-"""Whole modules that were trained beside a technique: a head, norms. HF peft's modules_to_save."""
+"""Modules trained in addition to a technique (a head, norms): HF peft's modules_to_save."""
 
 from collections import Counter
 
 import torch
+from torch import nn
 
+from minipeft.adapter_files.pair import Config, State
 from minipeft.refusals import require
 from minipeft.technique.on_model import heads, technique_of
 
 GENERATING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
-TASKS = {  # by the end of the name of a model's class
+TASKS = {  # by the ending of the name of the model's class
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }
-# The heads that HF peft takes for trained in a folder of this task, named in the folder or not.
+# The heads that HF peft saves and loads for a task, also if modules_to_save does not name them.
 PEFT_HEADS = {
     "SEQ_CLS": ["classifier", "score"],
     "TOKEN_CLS": ["classifier", "score"],
@@ -21,8 +23,9 @@ PEFT_HEADS = {
 }
 
 
-def task_of(model):
-    """What tells HF peft which kind of model the adapter is for."""
+def task_of(model: nn.Module) -> Config:
+    """The entries of adapter_config that tell HF peft the kind of model: task_type and, without
+    one, auto_mapping."""
     classes = [cls.__name__ for cls in type(model).__mro__]
     for ending, task in TASKS.items():
         if any(name.endswith(ending) for name in classes):
@@ -37,7 +40,7 @@ def task_of(model):
 
 
 def _modules(model, names):
-    """{name: module} of what `names` stand for in modules_to_save: each ending fits, as in peft."""
+    """{dotted name: module} for modules_to_save, which holds endings of names, as in HF peft."""
     found = {
         key: module
         for key, module in model.named_modules(remove_duplicate=False)
@@ -50,14 +53,16 @@ def _modules(model, names):
     }
 
 
-def trained_beside(model, state, task):
-    """(names for modules_to_save, {name: module}) of all that is trained and not in `state`.
+def trained_beside(
+    model: nn.Module, state: State, task: str | None
+) -> tuple[list[str], dict[str, nn.Module]]:
+    """(names for modules_to_save, {name: module}) of the modules that are trained and not in state.
 
-    A head is saved as a whole, and so is a normalisation that keeps statistics, which change while
-    its parameters are frozen. Raises ValueError for what has no place in an adapter folder.
+    A head is saved as a whole. So is a norm with running statistics, which change even while its
+    parameters are frozen. Raises ValueError for a trainable parameter that the format cannot hold.
     """
     own = {id(tensor) for tensor in state.values()}
-    layers = [  # those that a technique stands on
+    layers = [  # those that the technique has replaced
         key
         for key, module in model.named_modules()
         if hasattr(module, "base") and any(id(p) in own for p in module.parameters())
@@ -75,7 +80,7 @@ def trained_beside(model, state, task):
             f"{key} is trainable too, for which an adapter folder has no place; freeze it before "
             "saving.",
         )
-    modules = _modules(model, [*names, *PEFT_HEADS.get(task, [])])
+    modules = _modules(model, [*names, *PEFT_HEADS.get(task or "", [])])
     for key in modules:
         require(
             not any(layer.startswith(f"{key}.") for layer in layers),
@@ -85,8 +90,8 @@ def trained_beside(model, state, task):
     return sorted(key for key in names if key in modules), modules
 
 
-def take_modules(model, config, state, prefix):
-    """Take the modules_to_save out of `state`: {name of the module: {key: tensor}}.
+def take_modules(model: nn.Module, config: Config, state: State, prefix: str) -> dict[str, State]:
+    """Remove the modules_to_save from `state` and return them: {name of the module: {key: tensor}}.
 
     Raises ValueError if they do not fit the model.
     """
@@ -95,21 +100,22 @@ def take_modules(model, config, state, prefix):
         isinstance(names, list) and all(isinstance(name, str) and name for name in names),
         f"modules_to_save={names!r} is no list of names.",
     )
-    taken, tensors_of = {}, {}
+    taken: dict[str, State] = {}
+    tensors_of: dict[int, list[torch.Tensor]] = {}  # by the id of the model's own tensor
     task = config.get("task_type")
     known = PEFT_HEADS.get(task, []) if isinstance(task, str) else []
     for key, module in _modules(model, [*names, *known]).items():
         taken[key] = {}
-        for inner, own in module.state_dict(keep_vars=True).items():
-            tensor = _fitting(f"{prefix}{key}.{inner}", own, state)
-            taken[key][inner] = tensor
+        for name, own in module.state_dict(keep_vars=True).items():
+            tensor = _take(f"{prefix}{key}.{name}", own, state)
+            taken[key][name] = tensor
             tensors_of.setdefault(id(own), []).append(tensor)
     _refuse_untied(model, tensors_of)
     return taken
 
 
-def _fitting(key, own, state):
-    """Take the tensor that is to be copied into `own` out of `state`."""
+def _take(key, own, state):
+    """Remove the tensor that is to be copied into `own` from `state` and return it."""
     tensor = state.pop(key, None)
     require(
         tensor is not None and tensor.shape == own.shape,
@@ -125,14 +131,14 @@ def _fitting(key, own, state):
 
 
 def _refuse_untied(model, tensors_of):
-    """Raise ValueError if the adapter has different numbers for what is one tensor in the model.
+    """Raise ValueError if the adapter has different values for what is one tensor in the model.
 
     tensors_of: {id of a parameter: [the tensors that are to be copied into it]}.
     """
     names_of = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for key, own in model.named_parameters():
         given = tensors_of.get(id(own), [])
-        if len(given) < names_of[id(own)]:  # what is not in the adapter stays as it is
+        if len(given) < names_of[id(own)]:  # the model keeps the value that the adapter lacks
             given = [own, *(tensor.to(own) for tensor in given)]
         require(
             all(torch.equal(given[0], other) for other in given[1:]),

@@ -1,15 +1,18 @@
-"""Two files, a config and its tensors, written and read as one.
+"""Write and read two files, a config and its tensors, as one.
 
-The tensors carry a token, and their config is adapter_config.json or, while that is not there, the
-hidden file that has the token in its name. So the one rename that brings new tensors brings their
-config too, and whoever reads at any moment, or after a kill, finds a pair that belongs together.
-HF peft, which knows no tokens, may find no config in between, but never a wrong one.
+The metadata of the tensors hold a token. Their config is adapter_config.json or, if that is
+missing, the hidden file with the token in its name. So one rename replaces the tensors together
+with their config, and a reader finds a matching pair at any moment, also after a writer was killed.
+HF peft, which ignores the token, may find no config for a moment, but never a wrong one.
 """
 
 import hashlib
 import json
 import os
+from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -17,10 +20,12 @@ from minipeft.adapter_files.atomic import MARK, flush
 from minipeft.refusals import require
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+Config = dict[str, Any]
+State = dict[str, torch.Tensor]
 
 
-def holds_pair(folder):
-    """Is there an adapter in the folder, ours or HF peft's?"""
+def holds_pair(folder: Path) -> bool:
+    """Is there an adapter config in the folder, ours or HF peft's?"""
     return _config_of(folder, _token(folder)) is not None
 
 
@@ -29,7 +34,7 @@ def _hidden(folder, name, token):
 
 
 def _token(folder):
-    """The token of the tensors in a folder, or "" if they have none, or cannot be read."""
+    """The token of the tensors in a folder, or "" if they have none or cannot be read."""
     if not (folder / TENSORS).is_file():
         return ""
     try:
@@ -45,43 +50,43 @@ def _config_of(folder, token):
     return next((path for path in paths if path.is_file()), None)
 
 
-def write_pair(folder, config, state):
-    """Put both files into a folder that is there, and touch no other."""
+def write_pair(folder: Path, config: Config, state: State) -> None:
+    """Write both files into an existing folder. Its other files are not changed."""
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     old = _token(folder)
     token = hashlib.sha256(f"{old}\n{text}".encode()).hexdigest()[:16]
-    config, tensors = folder / CONFIG, folder / TENSORS
+    config_path, tensors_path = folder / CONFIG, folder / TENSORS
     new_config, new_tensors = _hidden(folder, CONFIG, token), _hidden(folder, TENSORS, token)
-    kept = _hidden(folder, CONFIG, old)  # the old config, as long as the old tensors are there
+    old_config = _hidden(folder, CONFIG, old)  # until the tensors are replaced
     try:
         new_config.write_text(text, encoding="utf-8")
         save_file(state, new_tensors, metadata={"format": "pt", "minipeft": token})
-        new_tensors.chmod(new_config.stat().st_mode)  # save_file leaves it to its owner alone
+        new_tensors.chmod(new_config.stat().st_mode)  # save_file gives only its owner access
         flush(new_config)
         flush(new_tensors)
-        if config.exists():
-            os.replace(config, kept)
-        os.replace(new_tensors, tensors)
-        os.replace(new_config, config)
+        if config_path.exists():
+            os.replace(config_path, old_config)
+        os.replace(new_tensors, tensors_path)
+        os.replace(new_config, config_path)
     except BaseException:
         if _token(folder) == old:  # the old pair is the valid one
-            if kept.exists() and not config.exists():
-                os.replace(kept, config)
+            if old_config.exists() and not config_path.exists():
+                os.replace(old_config, config_path)
             new_config.unlink(missing_ok=True)
             new_tensors.unlink(missing_ok=True)
         raise
     for name in (CONFIG, TENSORS):
-        for left in folder.glob(f".{name}{MARK}*"):  # also of a writer that was killed
-            left.unlink()
+        for hidden in folder.glob(f".{name}{MARK}*"):  # also those of a writer that was killed
+            hidden.unlink()
 
 
-def read_pair(folder):
-    """(config, {key: tensor}) of a folder: a pair that was written together.
+def read_pair(folder: Path) -> tuple[Config, State]:
+    """(config, {key: tensor}) of a folder, as they were written together.
 
     Raises ValueError if one of the two is missing or damaged.
     """
     try:
-        for _ in range(100):  # once, unless somebody is writing
+        for _ in range(100):  # more than one pass only while another process writes
             token = _token(folder)
             path = _config_of(folder, token)
             if path is None or not (folder / TENSORS).is_file():

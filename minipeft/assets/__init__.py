@@ -1,4 +1,4 @@
-"""Base models and data sets: fetched once, kept in a cache, loaded."""
+"""Base models and data sets: download once, keep in a cache, load."""
 
 from minipeft.assets.datasets import load_dialogues, load_instructions, load_reviews
 from minipeft.assets.fetch import AssetError

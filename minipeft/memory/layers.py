@@ -1,25 +1,28 @@
-"""What each layer does, in the operations of a `Graph`: blocks of transformers, layers of minipeft.
+"""The layers of minipeft and the blocks of transformers, in the operations of a `Graph`.
 
-The blocks follow the forward functions of transformers 5 line by line. For a GPT-like block at
+The blocks follow the forward methods of transformers 5 line by line. For a GPT-like block in
 16 bits with dropout they give s b h (34 + 5 a s / h) bytes (Korthikanti et al. 2022, "Reducing
 Activation Recomputation in Large Transformer Models", section 4.1).
 """
 
 from functools import singledispatch
+from typing import Any
 
 from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from minipeft.adapters import Adapter
 from minipeft.lora import LoRALinear
-from minipeft.memory.graph import OUTPUT, Value
+from minipeft.memory.graph import Graph
+from minipeft.memory.nodes import OUTPUT, Value
 from minipeft.memory.virtual_tokens import begin_block, fill_cache, in_front, with_prefix
 from minipeft.quantization import NF4Linear
 
-# ---- linear layers, and what techniques put in their place --------------------------------------
+# ---- linear layers, and those of techniques that replace them -----------------------------------
 
 
-def apply(graph, module, x, out, name):
+def apply(graph: Graph, module: nn.Module, x: Value, out: str, name: str) -> Value:
     """Record `module(x)` under `name`. x: (..., in). out: the symbol of the output features.
 
     Raises ValueError for a module that has no rule in `forward`.
@@ -31,8 +34,8 @@ def apply(graph, module, x, out, name):
 
 
 @singledispatch
-def forward(module, graph, x, out):
-    """Record the forward of a module, by its type. Returns the output, (..., out)."""
+def forward(module: nn.Module, graph: Graph, x: Value, out: str) -> Value:
+    """Record the forward pass of a module, by its type. Returns the output, (..., out)."""
     raise ValueError(
         f"memory.estimate has no formula for the {type(module).__name__} at {graph.where}; "
         "memory.measure needs none."
@@ -52,10 +55,6 @@ def _(module: NF4Linear, graph, x, out):
 
 @forward.register
 def _(module: LoRALinear, graph, x, out):
-    if isinstance(module.base, nn.Embedding):
-        raise ValueError(
-            "memory.estimate has no formula for LoRA on embeddings; memory.measure needs none."
-        )
     h = apply(graph, module.base, x, out, "")
     x = graph.dropout(x, module.dropout)
     z = graph.cast(x, module.lora_A.dtype.itemsize)
@@ -86,32 +85,38 @@ def _(module: Adapter, graph, x, out):
 # ---- embeddings and loss ------------------------------------------------------------------------
 
 
-def embed(graph, module, shape, require_grad=False):
+def embed(
+    graph: Graph, module: nn.Embedding | LoRALinear, shape: str, require_grad: bool = False
+) -> Value:
     """Rows of an embedding table. Saves the token ids, which are counted as inputs.
 
-    require_grad: under checkpointing transformers makes the embedded tokens require a gradient
-    even if the table is frozen, which keeps them alive.
+    require_grad: under checkpointing, transformers makes the embedded tokens require a gradient
+    even if the table is frozen, and so they are saved.
+    Raises ValueError for LoRA on embeddings.
     """
     if isinstance(module, LoRALinear):
-        return forward(module, graph, None, shape)
-    x = graph.node("embedding", [], shape, module.weight.dtype.itemsize, [], [module.weight])
+        raise ValueError(
+            "memory.estimate has no formula for LoRA on embeddings; memory.measure needs none."
+        )
+    table = module.get_parameter("weight")
+    x = graph.node("embedding", [], shape, table.dtype.itemsize, weights=[table])
     if require_grad and graph.checkpointing and not x.grad:
         x.grad = True
         graph.nodes[-1].saved.append(x)
     return x
 
 
-def embed_text(graph, model, module):
-    """The embedded text, with the vectors of virtual tokens in front if there are any: (b s h)."""
+def embed_text(graph: Graph, model: PreTrainedModel, module: nn.Embedding | LoRALinear) -> Value:
+    """The embedded text, behind the vectors of virtual tokens if there are any: (b s h)."""
     fill_cache(graph, model)
     if "w" in graph.dims:
         return in_front(graph, model, embed(graph, module, "b w h", require_grad=True))
     return embed(graph, module, "b s h", require_grad=True)
 
 
-def loss(graph, x, head):
-    """The head and the cross-entropy, whose log-softmax is saved in float32: (b s V)."""
-    if "l" in graph.dims:  # virtual tokens get no logits, but for the last one
+def loss(graph: Graph, x: Value, head: nn.Module) -> Value:
+    """The head and the cross-entropy, which saves its log-softmax in float32: (b s V)."""
+    if "l" in graph.dims:  # of the virtual tokens, only the last one gets logits
         x = graph.copy(graph.view(x, "b l h", fresh=True), "b l h")
     logits = apply(graph, head, x, "V", "head")
     wide = graph.cast(logits, 4)
@@ -124,7 +129,7 @@ def loss(graph, x, head):
 # ---- decoder blocks -----------------------------------------------------------------------------
 
 
-def llama(graph, model, config):
+def llama(graph: Graph, model: PreTrainedModel, config: PretrainedConfig) -> Value:
     """Llama, Qwen2, Mistral: RMSNorm, rotary positions, grouped-query attention, gated MLP."""
     core = model.model
     x = embed_text(graph, model, core.embed_tokens)
@@ -152,9 +157,9 @@ def llama(graph, model, config):
     return loss(graph, graph.rms_norm(x, core.norm, "last norm"), model.lm_head)
 
 
-def gpt2(graph, model, config):
+def gpt2(graph: Graph, model: PreTrainedModel, config: PretrainedConfig) -> Value:
     """GPT-2: LayerNorm, learned positions, one layer for q, k and v, dropout."""
-    core = model.transformer
+    core: Any = model.transformer
     x = embed_text(graph, model, core.wte)
     x = graph.add(x, embed(graph, core.wpe, f"{positions(graph)} h"))
     x = graph.dropout(x, config.embd_pdrop)
@@ -176,9 +181,9 @@ def gpt2(graph, model, config):
     return loss(graph, graph.layer_norm(x, core.ln_f, "last norm"), model.lm_head)
 
 
-def bloom(graph, model, config):
+def bloom(graph: Graph, model: PreTrainedModel, config: PretrainedConfig) -> Value:
     """Bloom: LayerNorm (also on the embeddings), ALiBi, one layer for q, k and v; never fused."""
-    core = model.transformer
+    core: Any = model.transformer
     graph.fused = False
     embeds = embed_text(graph, model, core.word_embeddings)
     alibi = Value(f"b a {graph.seen}", embeds.width, False)  # added to the scores of each head
@@ -194,7 +199,7 @@ def bloom(graph, model, config):
         context = graph.attention(q, k, v, config.attention_dropout)
         y = apply(graph, attention.dense, context, "h", "dense")
         x = graph.add(graph.dropout(y, config.hidden_dropout), residual)
-        # Python's variables when attention returns
+        # The Python variables that are alive when attention returns
         graph.nodes[-1].held = [embeds, below, normed, qkv, context, y, x]
         graph.nodes[-1].held += scores(graph, embeds.width, i)
         y = graph.layer_norm(x, layer.post_attention_layernorm, "norm 2")
@@ -206,40 +211,40 @@ def bloom(graph, model, config):
     return loss(graph, graph.layer_norm(x, core.ln_f, "last norm"), model.lm_head)
 
 
-def positions(graph):
-    """One row of positions serves all, but virtual tokens count those of each row: "s", "b s"."""
+def positions(graph: Graph) -> str:
+    """The shape of the positions: shared by all rows, or one per row with virtual tokens."""
     return "b s" if "n" in graph.dims else "s"
 
 
-def mask(graph, width):
+def mask(graph: Graph, width: int) -> Value:
     """The attention mask: bool for the fused kernel, otherwise numbers to add to the scores."""
     return Value(f"b s {graph.seen}", 1 if graph.fused else width, False)
 
 
-def scores(graph, width, block):
-    """The scores that Bloom's variables hold, before and after the mask is added, and the attention
-    weights of the block below, which count here if that block is recomputed, not saved."""
-    shape, half = f"b a s {graph.seen}", 2 if graph.autocast else width
-    widths = [half, width] + [width] * (graph.checkpointing and block > 0)
+def scores(graph: Graph, width: int, block: int) -> list[Value]:
+    """The scores that Bloom's Python variables keep alive: before and after the mask is added, and
+    under checkpointing also the attention weights of the block before."""
+    shape, product = f"b a s {graph.seen}", 2 if graph.autocast else width
+    widths = [product, width] + [width] * (graph.checkpointing and block > 0)
     return [Value(shape, each, False) for each in widths]
 
 
-def rotate(graph, x, cos, sin):
+def rotate(graph: Graph, x: Value, cos: Value, sin: Value) -> Value:
     """x cos + rotate_half(x) sin (Su et al. 2021, "RoFormer", equation 34)."""
     turned = graph.copy(x, x.shape)
     return graph.add(graph.mul(x, cos, "cos"), graph.mul(turned, sin, "sin"))
 
 
-def heads(graph, model, i, qkv, dropout):
-    """Split (b s 3h) into q, k and v, (b a s d) each. A batched product copies them sorted by
-    heads; for one row, views do."""
+def heads(graph: Graph, model: PreTrainedModel, i: int, qkv: Value, dropout: float) -> list[Value]:
+    """Split (b s 3h) into q, k and v, (b a s d) each. The batched product needs copies grouped
+    by head; for one row, views suffice."""
     q, k, v = (graph.view(qkv, "b a s d") for _ in range(3))
     one_row = graph.dims["b"] == 1
     if "t" in graph.dims:  # the cache has copied k and v
         k, v = with_prefix(graph, model, i, k, v)
         views = one_row or graph.in_one_kernel(dropout)
-        return q if views else graph.copy(q, "b a s d"), k, v
-    return (q, k, v) if one_row else [graph.copy(x, "b a s d") for x in (q, k, v)]
+        return [q if views else graph.copy(q, "b a s d"), k, v]
+    return [q, k, v] if one_row else [graph.copy(x, "b a s d") for x in (q, k, v)]
 
 
 BLOCKS = {"llama": llama, "qwen2": llama, "mistral": llama, "gpt2": gpt2, "bloom": bloom}

@@ -1,10 +1,11 @@
-"""Measure what a training step holds in memory: by asking autograd and torch's allocations.
+"""Measure the memory of a training step, by saved-tensor hooks and by following allocations.
 
-A configuration is measured on fake tensors, which have shapes but no numbers, so that models of
-billions of parameters fit a laptop. A model is measured as it is, on its own device.
+A configuration is measured on fake tensors, which have shapes but no numbers, so models of billions
+of parameters can be measured on a laptop. A model is measured on its own device.
 """
 
 import weakref
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -12,11 +13,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from minipeft.memory.cuda import bytes_of_others, rules_of_cuda, workspace
 from minipeft.memory.estimate import PARTS, Memory
 from minipeft.memory.settings import (
+    Method,
     build,
     check_settings,
     prepare,
@@ -30,19 +32,19 @@ from minipeft.training.modes import switch_checkpointing
 from minipeft.training.optimizer import adamw
 
 
-def saved_bytes(model, inputs):
+def saved_bytes(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> int:
     """Bytes that autograd saves in a forward pass of `model(**inputs)`, by saved-tensor hooks.
 
-    Each storage counts once: a view, a transpose and a tensor that two operations save cost nothing
-    more. Parameters, buffers and inputs do not count: they are in memory anyway.
+    Each storage counts once, even if it is saved twice or through a view. Parameters, buffers and
+    inputs do not count, since they are in memory anyway.
     """
     known = {
         t.untyped_storage()._cdata
         for t in (*model.parameters(), *model.buffers(), *inputs.values())
     }
-    saved = {}  # storages, not only their addresses, so that no address is given out twice
+    saved = {}  # {address: storage}; holding the storage keeps its address from being reused
 
-    def pack(t):
+    def pack(t: torch.Tensor) -> torch.Tensor:
         storage = t.untyped_storage()
         if storage._cdata not in known:
             saved[storage._cdata] = storage
@@ -55,15 +57,16 @@ def saved_bytes(model, inputs):
 
 
 class Tracker(TorchDispatchMode):
-    """Counts the storages of all tensors that operations make, until they are freed.
+    """Counts the storages of all tensors that operations create, until they are freed.
 
-    held, peak  bytes now, and at most, the `standing` tensors included
-    wide        the largest sum of bytes of the logits and tensors like them: those of `count`
-                elements whose last dimension is the vocabulary
+    held, peak  bytes now and at the peak, including the `standing` tensors that exist already
+    wide        the largest total of the logits and tensors of their shape: `count` elements, with
+                the vocabulary `vocab` as last dimension
     """
 
-    def __init__(self, standing, count, vocab):
+    def __init__(self, standing: Iterable[torch.Tensor], count: int, vocab: int) -> None:
         super().__init__()
+        standing = list(standing)
         self.alive = {s._cdata: weakref.ref(s) for s in map(torch.Tensor.untyped_storage, standing)}
         self.held = self.peak = storage_bytes(standing)
         self.count, self.vocab, self.wide_held, self.wide = count, vocab, 0, 0
@@ -75,7 +78,8 @@ class Tracker(TorchDispatchMode):
                 self.born(t)
         return result
 
-    def born(self, t):
+    def born(self, t: torch.Tensor) -> None:
+        """Count the storage of a result, unless it is known."""
         storage = t.untyped_storage()
         if storage._cdata in self.alive:  # a view, or a result written in place
             return
@@ -95,36 +99,35 @@ class Tracker(TorchDispatchMode):
 
 
 def measure(
-    model,
-    method=None,
+    model: PretrainedConfig | PreTrainedModel,
+    method: Method | None = None,
     *,
-    batch=1,
-    seq=128,
-    optimizer="adamw",
-    precision="float32",
-    attention="fused",
-    checkpointing=False,
-    dtype=torch.float32,
-    device=None,
-    tracker="own",
-):
-    """Run one training step and measure its memory. Returns a `Memory`.
+    batch: int = 1,
+    seq: int = 128,
+    optimizer: str = "adamw",
+    precision: str = "float32",
+    attention: str = "fused",
+    checkpointing: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: str | None = None,
+    tracker: str = "own",
+) -> Memory:
+    """Run one training step and measure its memory.
 
     model    a transformers configuration of any architecture: the step runs on fake tensors. Or a
-             model: the step runs on it, on its own device, and leaves it as it was (weights,
-             gradients, checkpointing, modes, random numbers); nothing of `method` stays.
-    device   of a configuration: "cpu" (default), or "cuda" for the numbers of a GPU, which need not
-             be there: dropout masks of a byte, fused attention with dropout, the workspace of
-             cuBLAS. Each optimizer needs the same on both.
-    tracker  whose peak is the total: "own" for `Tracker`, or "torch" for torch's MemTracker, which
-             finds the same bytes in several times the time, but cannot follow frozen parameters.
-             For a model on CUDA the total is the allocator's peak, less what else the process has
-             there.
-    The other arguments, and the parts, are those of `estimate`. Activations are what is in memory
-    between forward and backward pass and was not there before, without the logits and what the loss
-    saves of them.
-    Raises ValueError for a setting that is unknown or not that of the model, for a model that is no
-    causal language model, and for torch's tracker on a frozen model.
+             model: the step runs on its device, and then everything is restored (weights,
+             gradients, checkpointing, modes, random states); `method` is undone.
+    device   for a configuration: "cpu" (default), or "cuda" for the bytes on a GPU, without
+             needing one: dropout masks of one byte per element, fused attention with dropout, the
+             workspace of cuBLAS. Optimizers need the same on both.
+    tracker  gives the total: "own" for `Tracker`, or "torch" for torch's MemTracker, which finds
+             the same bytes, takes several times as long, and cannot follow frozen parameters.
+             For a model on CUDA the total is the allocator's peak, less the other tensors of the
+             process.
+    The other arguments, and the parts, are those of `estimate`. Activations are the bytes that the
+    forward pass leaves in memory, without the logits and what the loss saves of them.
+    Raises ValueError for an invalid setting or one that contradicts the model, for a model that is
+    no causal language model, and for torch's tracker on a model with frozen parameters.
     """
     check_settings(
         method, batch, seq, checkpointing, dtype, optimizer=optimizer, precision=precision,
@@ -145,7 +148,7 @@ def measure(
 
 
 def _refuse_model(model, attention, dtype, device):
-    """Raise ValueError for a model that cannot be measured, and settings that are not its own."""
+    """Raise ValueError for a model that cannot be measured, and settings that contradict it."""
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise ValueError(
             "memory.measure takes a configuration or a model of transformers; it was given a "
@@ -164,7 +167,7 @@ def _refuse_model(model, attention, dtype, device):
 
 @contextmanager
 def _left_as_it_was(model):
-    """After the block the model is what it was before, and so are the random numbers."""
+    """Restore the model and the random states after the block."""
     before, config = snapshot(model), dict(vars(model.config))
     gpus = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
@@ -187,7 +190,7 @@ def _optimizer(name, params):
 
 
 def _step(model, batch, seq, optimizer, precision, checkpointing, tracker):
-    """One training step of a model, which is left in the state it then has. Returns a `Memory`."""
+    """Run one training step, which changes the model. Returns a `Memory`."""
     params = [p for p in model.parameters() if p.requires_grad]
     device, vocab = params[0].device, model.config.vocab_size
     if tracker == "torch" and len(params) < len(list(model.parameters())):
@@ -198,14 +201,14 @@ def _step(model, batch, seq, optimizer, precision, checkpointing, tracker):
     ids = torch.zeros(batch, seq, dtype=torch.int64, device=device)  # (batch, seq)
     mask = torch.ones_like(ids)
     if seq > 1:
-        mask[0, 0] = 0  # a padded batch; without padding the fused kernel may leave the mask out
+        mask[0, 0] = 0  # a padded batch; without padding, fused attention may need no mask
     inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids.clone()}
     model.train()
     if checkpointing and not any(getattr(m, "gradient_checkpointing", 0) for m in model.modules()):
         switch_checkpointing(model, True)
     model.zero_grad(set_to_none=True)
     update = _optimizer(optimizer, params)
-    for p in params:  # a first step, so that the optimizer has its state
+    for p in params:  # a first step, which creates the optimizer's state
         p.grad = torch.zeros_like(p)
     update.step()
     update.zero_grad(set_to_none=True)
@@ -214,7 +217,7 @@ def _step(model, batch, seq, optimizer, precision, checkpointing, tracker):
     own = Tracker([*weights, *states, *inputs.values()], batch * seq * vocab, vocab)
     standing = own.held
 
-    def positions(head, args):  # virtual tokens in front have logits too
+    def positions(head, args):  # virtual tokens in front can have logits too
         own.count = args[0].numel() // args[0].shape[-1] * vocab
 
     head = model.get_output_embeddings()
@@ -233,7 +236,7 @@ def _step(model, batch, seq, optimizer, precision, checkpointing, tracker):
         loss.backward()
         before = own.peak
         gradients = storage_bytes([p.grad for p in params])
-        torch._foreach_zero_([p.grad for p in params])  # one that is not finite changes no weight
+        torch._foreach_zero_([p.grad for p in params])  # or non-finite ones would change weights
         update.step()
     total = own.peak
     if tracker == "torch":

@@ -1,14 +1,17 @@
-"""Walk through a `Graph`, forward and backward, and find the moment at which most memory is in use.
+"""Walk through a `Graph`, forward and backward, and find the peak of the memory in use.
 
 Sizes are in bytes. A composition is a `Counter` of bytes by part, such as {"activations": 2**20}.
 """
 
 from collections import Counter
 
+from minipeft.memory.graph import Graph
+from minipeft.memory.nodes import Value
 
-def saved_by_block(graph):
-    """Rows (operation, shape, bytes) of what one block saves, each tensor once: of the second
-    block, since the first may lack gradients."""
+
+def saved_by_block(graph: Graph) -> list[tuple[str, str, int]]:
+    """Rows (operation, shape, bytes) of the tensors that a block saves, each once. It is the second
+    block, since the input of the first may need no gradient."""
     begin, end, _ = graph.blocks[min(1, len(graph.blocks) - 1)]
     rows, seen = [], set()
     for node in graph.nodes[begin:end]:
@@ -19,18 +22,22 @@ def saved_by_block(graph):
     return rows
 
 
-def forward_peak(graph):
-    """The composition at the peak of the forward pass, or of a block that is recomputed, over the
-    nodes that need memory for a moment: to make a weight from 4 bits, or because Python's variables
-    hold something. Empty if there is none; then the loss or the backward pass needs more."""
+def forward_peak(graph: Graph) -> Counter[str]:
+    """The composition at the peak of the forward pass, or of a block that is recomputed.
+
+    Only nodes with temporaries count: those that dequantise a weight, or where Python variables
+    keep tensors alive. Empty if there are none; then the loss or the backward pass needs more.
+    """
     last_use = {x.storage: i for i, node in enumerate(graph.nodes) for x in node.inputs}
     last_use |= {x.storage: len(graph.nodes) for x in graph.cache}
     inputs = {begin: (end, x) for begin, end, x in graph.blocks}
     embedded = graph.blocks[0][2]
-    saved, live, held, peak = set(graph.shared), set(), 0, Counter()
+    saved, held = set(graph.shared), 0
+    live: set[Value] = set()
+    peak: Counter[str] = Counter()
     for i, node in enumerate(graph.nodes):
         if i in inputs:
-            # Python's variables: the embedded tokens, the input of the block, and that of its MLP
+            # Python variables: the embedded tokens, the input of the block, and that of its MLP
             end, x = inputs[i]
             named, held = {embedded.storage, x.storage}, graph.bytes(x)
             if graph.checkpointing:
@@ -39,7 +46,7 @@ def forward_peak(graph):
                 end = _last_needed(graph, end)
                 held = 2 * held + graph.bytes(graph.nodes[end].output)
         if node.held or node.dequantised and not (graph.checkpointing and i > end):
-            now = Counter(activations=sum(map(graph.bytes, saved)))
+            now: Counter[str] = Counter(activations=sum(map(graph.bytes, saved)))
             if node.dequantised:
                 now["temporaries"] = held + graph.dequantisation(node, node.output)
             for value in (live | named | {x.storage for x in node.held}) - saved:
@@ -50,11 +57,11 @@ def forward_peak(graph):
     return peak
 
 
-def backward_peaks(graph):
-    """Walk backward: free what was saved, and add gradients.
+def backward_peaks(graph: Graph) -> tuple[dict[str, int], dict[str, Counter[str]]]:
+    """Walk backward, freeing saved tensors and adding gradients.
 
-    Returns the largest size of activations, logits and gradients, and the compositions at the peaks
-    of the moments "loss" and "backward pass".
+    Returns the largest sizes of activations, logits and gradients, and the compositions at the
+    peaks of the moments "loss" and "backward pass".
     """
     walk = _Backward(graph)
     walk.run()
@@ -62,17 +69,17 @@ def backward_peaks(graph):
 
 
 class _Backward:
-    """The state of a backward pass that has come down to some node.
+    """The state of a backward pass at some node.
 
     now      bytes in use, by part
     uses     {storage: how many nodes still need it}
-    flowing  {value: [bytes, users, part]}, the gradients on their way down; several values share
-             one gradient where it is passed on
+    flowing  {value: [bytes, users, part]}, the gradients not yet consumed; several values share one
+             gradient where it is passed on
     """
 
     def __init__(self, graph):
         self.graph = graph
-        self.recomputed = [b for b in graph.blocks if graph.checkpointing]  # [begin, end, input]
+        self.recomputed = [b for b in graph.blocks if graph.checkpointing]  # (begin, end, input)
         inside = {i for begin, end, _ in self.recomputed for i in range(begin, end)}
         self.uses = _saved(node for i, node in enumerate(graph.nodes) if i not in inside)
         if graph.checkpointing:
@@ -82,7 +89,7 @@ class _Backward:
         for value in self.uses:
             self.now[_part(value, "activations")] += graph.bytes(value)
         self.largest = {"activations": self.now["activations"], "logits": 0, "gradients": 0}
-        self.temporary = set()  # what a recomputed block saves
+        self.temporary = set()  # storages that a recomputed block saves
         loss = Counter(self.now)
         for value in {x.storage for x in graph.held} - set(self.uses):
             loss[_part(value, "temporaries")] += graph.bytes(value)
@@ -109,7 +116,7 @@ class _Backward:
         self.largest["gradients"] = self.now["gradients"]
 
     def recompute(self, block):
-        """What the nodes of a block save is there again, as temporaries."""
+        """Recompute a block: the values that its nodes save are back, as temporaries."""
         for value, uses in _saved(self.graph.nodes[block]).items():
             if not self.uses[value]:
                 self.temporary.add(value)
@@ -117,47 +124,47 @@ class _Backward:
             self.uses[value] += uses
 
     def differentiate(self, node, gradient, moment):
-        """Send the gradient of a node's output to its inputs and weights."""
-        work = node.scratch * self.graph.bytes(node.output)
+        """Compute the gradients of a node's inputs and weights from that of its output."""
+        scratch = node.scratch * self.graph.bytes(node.output)
         if node.inputs and node.inputs[0].grad:
-            work += self.graph.dequantisation(node, node.inputs[0])
-        self.now["temporaries"] += work
-        self.look(moment)
-        self.now["temporaries"] -= work
+            scratch += self.graph.dequantisation(node, node.inputs[0])
+        self.now["temporaries"] += scratch
+        self.record_peak(moment)
+        self.now["temporaries"] -= scratch
         for x in node.inputs:
             if x.grad:
-                self.send(node, x, gradient, moment)
+                self.pass_on(node, x, gradient, moment)
         for weight in node.weights:
             size = weight.numel() * weight.dtype.itemsize
             tied = weight in self.have_gradient  # a second gradient, and the sum of both
             self.now["temporaries" if tied else "gradients"] += 2 * size if tied else size
-        self.look(moment)
+        self.record_peak(moment)
         for weight in node.weights:
             if weight in self.have_gradient:
                 self.now["temporaries"] -= 2 * weight.numel() * weight.dtype.itemsize
             self.have_gradient.add(weight)
         self.drop(gradient)
 
-    def send(self, node, x, gradient, moment):
-        """Make the gradient of the input x, or pass that of the output on. Where x has one already,
-        the two are summed, in place if nobody else reads it."""
+    def pass_on(self, node, x, gradient, moment):
+        """Create the gradient of the input x, or pass on that of the output. If x has one already,
+        the two are summed, in place unless that one is shared."""
         if node.fresh:
             part = _part(x, "temporaries")
-            mine = [self.graph.count(x.shape) * x.width, 1, part]
-            self.now[part] += mine[0]
+            new = [self.graph.count(x.shape) * x.width, 1, part]
+            self.now[part] += new[0]
         else:
-            mine = gradient
+            new = gradient
             gradient[1] += 1
         if x not in self.flowing:
-            self.flowing[x] = mine
+            self.flowing[x] = new
             return
-        other = self.flowing[x]
-        self.look(moment)
-        self.drop(mine)
-        if other[1] > 1:
-            other[1] -= 1
-            self.flowing[x] = [other[0], 1, other[2]]
-            self.now[other[2]] += other[0]
+        old = self.flowing[x]
+        self.record_peak(moment)
+        self.drop(new)
+        if old[1] > 1:
+            old[1] -= 1
+            self.flowing[x] = [old[0], 1, old[2]]
+            self.now[old[2]] += old[0]
 
     def free(self, storage):
         self.uses[storage] -= 1
@@ -170,17 +177,16 @@ class _Backward:
         if not gradient[1]:
             self.now[gradient[2]] -= gradient[0]
 
-    def look(self, moment):
+    def record_peak(self, moment):
         if self.now.total() > self.peaks[moment].total():
             self.peaks[moment] = Counter(self.now)
         self.largest["logits"] = max(self.largest["logits"], self.now["logits"])
 
 
 def _last_needed(graph, end):
-    """The last node of a block, ending before `end`, whose gradient needs what it saved.
+    """The last node of the block that ends before `end` whose gradient needs a saved tensor.
 
-    When the gradient has come down to there, checkpointing recomputes the block from its input up
-    to there."""
+    When the backward pass reaches it, checkpointing recomputes the block up to this node."""
     end -= 1
     while graph.nodes[end].dequantised or not graph.nodes[end].fresh:  # these save nothing
         end -= 1
@@ -188,10 +194,10 @@ def _last_needed(graph, end):
 
 
 def _saved(nodes):
-    """{storage: how many nodes save it}"""
+    """{storage: how many nodes save it}."""
     return Counter(value.storage for node in nodes for value in node.saved)
 
 
 def _part(value, other):
-    """Logits are counted by themselves; anything else goes to `other`."""
+    """The part that a value counts as: logits are a part of their own, anything else is `other`."""
     return "logits" if "V" in value.storage.shape.split() else other

@@ -1,1 +1,1 @@
-"""What every technique needs and no paper describes: put on a model, tried there, taken off."""
+"""What the techniques share and no paper describes: attaching to a model, checking, removing."""

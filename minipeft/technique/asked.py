@@ -1,64 +1,73 @@
-"""What a model is asked by trying, instead of being guessed from its configuration: its positions,
-the shape of its cache, the states of its blocks, the vectors that enter it."""
+"""Facts about a model that are found by running it, not read off its configuration: how it numbers
+positions, the shape of its KV cache, the inputs of its blocks, its input embeddings."""
 
 import inspect
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.utils import ModelOutput
 
 from minipeft.freezing import blocks
 from minipeft.technique.on_model import evaluating, has_numbers
 
-CACHES = ("past_key_values", "cache", "cache_params")  # of the same thing in transformers
+CACHES = ("past_key_values", "cache", "cache_params")  # names of the cache in transformers
 LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 
 
-def asked(model, **inputs):
-    """The model's output. One on the meta device cannot run: then fake tensors tell the shapes."""
+def asked(model: PreTrainedModel, **inputs: object) -> ModelOutput:
+    """The model's output; on the meta device, fake tensors that only tell the shapes."""
     if not next(model.parameters()).is_meta:
         return model(**inputs)
     with FakeTensorMode(allow_non_fake_inputs=True):
         tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         fakes = {name: torch.empty_like(t, device="cpu") for name, t in tensors.items()}
-        inputs = {k: v.new_ones(v.shape, device="cpu") if torch.is_tensor(v) else v
-                  for k, v in inputs.items()}  # fmt: skip
+        inputs = {
+            k: v.new_ones(v.shape, device="cpu") if isinstance(v, torch.Tensor) else v
+            for k, v in inputs.items()
+        }
         return functional_call(model, fakes, (), inputs)
 
 
-def close(found, expected, effect=0.0):
-    """Are two outputs equal to rounding? In half precision an error is judged by `effect`, the size
-    of what the virtual tokens change. A float64 model may compute parts in float32."""
+def close(found: torch.Tensor, expected: torch.Tensor, effect: float = 0.0) -> bool:
+    """Are two outputs equal up to rounding?
+
+    effect: norm of the change that virtual tokens make; in half precision the tolerance grows with
+    it. The tolerance for float64 is wide, because some models compute parts in float32.
+    """
     tolerance = {torch.float64: 1e-6, torch.float32: 1e-4}.get(found.dtype, 0.05)
     found, expected = found.double(), expected.double()
     allowed = tolerance * expected.norm() + (0.25 * effect if tolerance == 0.05 else 0)
     return bool((found - expected).norm() <= allowed)  # False for NaN
 
 
-def output_of(model, **inputs):
-    """What a model gives for each position: logits, or the last states of one without a
-    language-model head, (batch, seq, ...)."""
+def output_of(model: PreTrainedModel, **inputs: object) -> torch.Tensor:
+    """Logits, or the last hidden states of a model without a language-model head:
+    (batch, seq, ...)."""
     if model.get_output_embeddings() is not None:
         return model(**inputs).logits
     return model(**inputs, output_hidden_states=True).hidden_states[-1]
 
 
-def takes(model, name):
-    """Has the model's forward an argument of this name?"""
+def takes(model: nn.Module, name: str) -> bool:
+    """Does the model's forward have an argument of this name?"""
     return name in inspect.signature(model.forward).parameters
 
 
-def embedded(model, ids):
-    """The vectors that enter the model for token ids, (..., hidden): what the module gives, which
-    is not always a row of its weight."""
+def embedded(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Input embeddings of token ids, (..., hidden). The embedding module is called, because its
+    output is not always a row of its weight."""
     return model.get_input_embeddings()(ids)
 
 
 class _Lookups(TorchFunctionMode):
-    """Remembers which rows of which table are looked up."""
+    """Records the (ids, number of rows) of every embedding lookup."""
 
     def __init__(self):
         super().__init__()
@@ -72,23 +81,25 @@ class _Lookups(TorchFunctionMode):
 
 
 @torch.no_grad()
-def positions_of(model, ids):
-    """(first, limit): the number that this model gives to the first position, and how many it has.
+def positions_of(model: PreTrainedModel, ids: torch.Tensor) -> tuple[int | None, int | None]:
+    """(first, limit): the position id of the first token, and how many positions there are.
 
-    first is None for a model that takes no position_ids; limit is None if no table ends.
-    ids: (1, 3 or more). Raises ValueError if the model does not count by ones.
+    first is None for a model that takes no position_ids; limit is None without learned positions.
+    ids: (1, seq), seq >= 3. Raises ValueError if consecutive tokens do not have consecutive
+    position ids.
     """
     if not has_numbers(model):
         return (0 if takes(model, "position_ids") else None), None
-    count = torch.arange(ids.shape[1], device=ids.device)
+    count = torch.arange(ids.shape[1], device=ids.device)  # (seq,)
     with evaluating(model), _Lookups() as lookups:
         plain = output_of(model, input_ids=ids)
-    tables = [
+    tables = [  # lookups of consecutive rows that are not the token ids
         (int(rows.flatten()[0]), size)
         for rows, size in lookups.seen
-        if rows.numel() == len(count) and torch.equal(rows.flatten().diff(), count[1:] * 0 + 1)
+        if rows.numel() == len(count)
+        and torch.equal(rows.flatten().diff(), torch.ones_like(count[1:]))
         and not torch.equal(rows.flatten(), ids.flatten())
-    ]  # fmt: skip
+    ]
     limit = min((size - first for first, size in tables), default=None)
     if not takes(model, "position_ids"):
         return None, limit
@@ -104,17 +115,17 @@ def positions_of(model, ids):
 
 
 @torch.no_grad()
-def keeps_cache(model, ids):
-    """Does the model hand out a cache of any kind?"""
+def keeps_cache(model: PreTrainedModel, ids: torch.Tensor) -> bool:
+    """Does the model return a cache of any kind? ids: (1, seq)."""
     with evaluating(model):
         return cache_in(asked(model, input_ids=ids, use_cache=True))[1] is not None
 
 
 @torch.no_grad()
-def cache_shape(model, ids):
-    """(layers, kv_heads, head_dim) of the cache that one token leaves. ids: (1, 1).
+def cache_shape(model: PreTrainedModel, ids: torch.Tensor) -> tuple[int, int, int]:
+    """(layers, kv_heads, head_dim) of the KV cache after one token. ids: (1, 1).
 
-    Raises ValueError if there is no cache of keys and values of one shape for every block.
+    Raises ValueError unless every block caches keys and values, all of one shape.
     """
     with evaluating(model):
         output = asked(model, input_ids=ids, use_cache=True)
@@ -131,15 +142,16 @@ def cache_shape(model, ids):
 
 
 @torch.no_grad()
-def states_of(model, n, **inputs):
-    """What enters each block at the first n positions: (layers, n, hidden)."""
-    states, handles = [], []
+def states_of(model: PreTrainedModel, n: int, **inputs: object) -> torch.Tensor:
+    """The inputs of all blocks at the first n positions: (layers, n, hidden)."""
+    states = []
 
     def remember(block, args, kwargs):
-        states.append(hidden_of(args, kwargs)[0, :n])
+        states.append(hidden_of(args, kwargs)[0, :n])  # (n, hidden)
 
-    for block in blocks(model):
-        handles.append(block.register_forward_pre_hook(remember, with_kwargs=True))
+    handles = [
+        block.register_forward_pre_hook(remember, with_kwargs=True) for block in blocks(model)
+    ]
     try:
         with evaluating(model):
             asked(model, **inputs)
@@ -149,25 +161,29 @@ def states_of(model, n, **inputs):
     return torch.stack(states)
 
 
-def hidden_of(args, kwargs):
+def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     """The hidden states among the arguments of a block: (batch, seq, hidden)."""
     return args[0] if args else kwargs["hidden_states"]
 
 
-def with_hidden(args, kwargs, hidden):
+def with_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any], hidden: torch.Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a block with other hidden states."""
     return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
 
-def cache_in(values):
-    """(name, cache) of the one cache among named inputs or outputs, or (None, None)."""
+def cache_in(values: Mapping[str, Any]) -> tuple[str | None, Any]:
+    """(name, cache) of the cache among named inputs or outputs, or (None, None)."""
     return next(((k, values[k]) for k in CACHES if values.get(k) is not None), (None, None))
 
 
-def is_full(layer):
+def is_full(layer: object) -> bool:
+    """Does this cache layer hold keys and values, not for example a recurrent state?"""
     return isinstance(layer, DynamicLayer) and getattr(layer, "keys", None) is not None
 
 
-def number_in(config, name):
+def number_in(config: PreTrainedConfig, name: str) -> int | None:
+    """An integer setting of the text model's configuration, or None."""
     value = getattr(config.get_text_config(), name, None)
     return value if isinstance(value, int) and not isinstance(value, bool) else None

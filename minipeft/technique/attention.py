@@ -1,16 +1,21 @@
-"""Keys and values of virtual tokens for a model without a cache, such as BERT or DistilBERT.
+"""Keys and values of virtual tokens for a model without a KV cache, such as BERT or DistilBERT.
 
-transformers lets a configuration name the function that computes attention. Here each attention
-gets a copy of its configuration that names `attend`, which puts the virtual keys and values before
-those of the text, and then calls the function that the model had. A mask grows by n columns.
+In transformers the configuration names the function that computes attention. Here each attention
+module gets a copy of its configuration that names `attend`. It puts the virtual keys and values
+before those of the text and calls the original function. The mask gets n more columns.
 """
 
 import copy
 import sys
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.functional import pad
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from minipeft.freezing import blocks
@@ -19,33 +24,46 @@ from minipeft.technique.on_model import evaluating
 NAME = "minipeft"
 
 
-def attend(module, query, key, value, attention_mask, *args, virtual=None, **kwargs):
-    """softmax(q [P_k; K]^T / sqrt(d)) [P_v; V], as the model's own attention function computes it.
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *args: Any,
+    virtual: torch.Tensor | list[torch.Tensor] | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """softmax(q [P_k; K]^T / sqrt(d)) [P_v; V], computed by the model's own attention function.
 
-    query, key, value: (batch, heads, seq, head_dim). virtual: (2, heads, n, head_dim), or a list,
-    which is given key and value instead.
+    query, key, value: (batch, heads, seq, head_dim). virtual: (2, heads, n, head_dim), or a list
+    to which key and value are appended as (2, batch, heads, seq, head_dim).
     """
     if isinstance(virtual, list):
         virtual.append(torch.stack([key, value]))
     elif virtual is not None:
         keys, values = (t.to(key).expand(len(key), -1, -1, -1) for t in virtual)
-        key, value = torch.cat([keys, key], 2), torch.cat([values, value], 2)
-        if attention_mask is not None:  # 0 is added to scores; others say which keys are seen
+        key = torch.cat([keys, key], 2)  # (batch, heads, n + seq, head_dim)
+        value = torch.cat([values, value], 2)
+        if attention_mask is not None:  # a float mask is added to the scores, others select keys
             seen = 0 if attention_mask.is_floating_point() else 1
             attention_mask = pad(attention_mask, (keys.shape[2], 0), value=seen)
-    eager = vars(sys.modules[type(module).__module__]).get("eager_attention_forward")
-    plain = ALL_ATTENTION_FUNCTIONS.get_interface(module.plain_config._attn_implementation, eager)
-    return plain(module, query, key, value, attention_mask, *args, **kwargs)
+    eager: Any = vars(sys.modules[type(module).__module__]).get("eager_attention_forward")
+    config: Any = module.plain_config
+    original = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
+    return original(module, query, key, value, attention_mask, *args, **kwargs)
 
 
 AttentionInterface.register(NAME, attend)
 
 
-def open_attentions(model, virtual):
-    """Let every attention take keys and values: `virtual(layer)` is asked for them at each call.
+def open_attentions(
+    model: PreTrainedModel, virtual: Callable[[int], torch.Tensor | list[torch.Tensor]]
+) -> list[RemovableHandle]:
+    """Make the attention of every block take virtual keys and values, virtual(layer) at each call.
 
-    Returns the handles of the hooks. Raises ValueError if a block has not one attention that
-    transformers computes by a function of that kind.
+    Returns the handles of the hooks. Raises ValueError for a block without exactly one attention
+    module whose function transformers lets the configuration name.
     """
     handles = []
     for i, block in enumerate(blocks(model)):
@@ -53,23 +71,28 @@ def open_attentions(model, virtual):
         if len(found) != 1:
             raise ValueError(f"block {i} has {len(found)} attentions that take keys and values")
         (attention,) = found
-        attention.plain_config = attention.config
-        attention.config = copy.copy(attention.config)
-        attention.config._attn_implementation = NAME
-        hook = partial(_hand_over, virtual, i)
+        config: Any = copy.copy(attention.config)
+        config._attn_implementation = NAME
+        attention.plain_config, attention.config = attention.config, config
+        hook = partial(_add_virtual, virtual, i)
         handles.append(attention.register_forward_pre_hook(hook, with_kwargs=True))
     return handles
 
 
-def _hand_over(virtual, layer, attention, args, kwargs):
+def _add_virtual(virtual, layer, attention, args, kwargs):
     return args, kwargs | {"virtual": virtual(layer)}
 
 
 @torch.no_grad()
-def table_of_attention(model, input_ids):
-    """(table, shape): the keys and values of a text (1, n), as `virtual_tokens.table_of_cache`
-    gives them, (n, layers * 2 * heads * head_dim), and (layers, heads, head_dim)."""
-    seen = []
+def table_of_attention(
+    model: PreTrainedModel, input_ids: torch.Tensor
+) -> tuple[torch.Tensor, tuple[int, int, int]]:
+    """(table, shape): keys and values of a text (1, n), laid out as by `kv_cache.table_of_cache`.
+
+    table: (n, layers * 2 * heads * head_dim). shape: (layers, heads, head_dim).
+    Raises ValueError unless the keys and values of all blocks have one shape.
+    """
+    seen: list[torch.Tensor] = []  # (2, 1, heads, n, head_dim) each
     handles = open_attentions(model, lambda layer: seen)
     try:
         with evaluating(model):
@@ -85,8 +108,8 @@ def table_of_attention(model, input_ids):
     return table.permute(3, 0, 1, 2, 4).flatten(1), (len(seen), heads, head_dim)
 
 
-def close_attentions(model):
-    """Give each attention its own configuration again."""
+def close_attentions(model: nn.Module) -> None:
+    """Give each attention module its own configuration again."""
     for module in model.modules():
         if hasattr(module, "plain_config"):
             module.config = module.plain_config
@@ -94,20 +117,17 @@ def close_attentions(model):
 
 
 @torch.enable_grad()
-def check_attentions(model, words):
-    """Does each layer's part of the virtual tokens change what the model gives? And does padding
-    change nothing? words: (1, seq). Raises ValueError if not."""
-    keys_values = list(model.virtual_tokens.parameters())
+def check_attentions(model: PreTrainedModel, words: torch.Tensor) -> None:
+    """Raise ValueError unless the output of every block depends on its virtual keys and values.
+
+    words: (1, seq).
+    """
+    weight = model.get_parameter("virtual_tokens.weight")  # (n, layers * 2 * heads * head_dim)
+    layers = len(blocks(model))
     with evaluating(model):
-        output = model(input_ids=words, output_hidden_states=True)
-        states = torch.stack(output.hidden_states)  # (layers + 1, 1, seq, hidden)
-        for layer in range(len(blocks(model))):
-            gradient = torch.autograd.grad(
-                states[layer + 1].square().sum(),
-                keys_values,
-                retain_graph=True,
-            )
-            shape = model.virtual_tokens.shape
-            mine = gradient[0].unflatten(1, (shape[0], -1))[:, layer]
-            if not mine.any():
+        states = model(input_ids=words, output_hidden_states=True).hidden_states
+        for layer in range(layers):
+            loss = states[layer + 1].square().sum()  # states[0]: what enters the first block
+            (gradient,) = torch.autograd.grad(loss, weight, retain_graph=True)
+            if not gradient.unflatten(1, (layers, -1))[:, layer].any():
                 raise ValueError(f"the attention of block {layer} does not see them")

@@ -1,25 +1,34 @@
-"""Mask, positions and labels of an input to which n virtual tokens are added."""
+"""Attention mask, position ids and labels of an input to which n virtual tokens are added.
+
+The `extend_...` functions change `kwargs`, the named inputs of a call, in place.
+"""
 
 import inspect
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.functional import pad
+from transformers import Cache
 
 from minipeft.batching import position_ids_from_mask
+from minipeft.refusals import require
 from minipeft.technique.asked import takes
 
 
-def named_inputs(model, args, kwargs):
-    """All inputs of this call by name, and the name under which this model takes its cache."""
+def named_inputs(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[dict[str, Any], str]:
+    """(all inputs of this call by name, the model's name for its cache argument)."""
     names = inspect.signature(model.forward).parameters
     # transformers renames `past_key_values` to `cache` in 5.24.
-    return dict(zip(names, args, strict=False)) | kwargs, (
-        "cache" if "cache" in names else "past_key_values"
-    )
+    cache_name = "cache" if "cache" in names else "past_key_values"
+    return dict(zip(names, args, strict=False)) | kwargs, cache_name
 
 
-def past_length(cache):
-    """How many positions a cache holds; refuses one with a fixed room, which n would overflow."""
+def past_length(cache: Cache | None) -> int:
+    """The number of positions in a cache. Raises ValueError for a static cache, which n more
+    positions would overflow."""
     if cache is not None and getattr(cache, "is_compileable", False):
         raise ValueError(
             "A static cache has no room for virtual tokens; leave cache_implementation out, for a "
@@ -28,11 +37,13 @@ def past_length(cache):
     return 0 if cache is None else cache.get_seq_length()
 
 
-def refuse_shapes(ids, embeds, kwargs):
-    """Raise ValueError for inputs that are missing, empty, or do not go together."""
-    if (ids is None) == (embeds is None):
-        raise ValueError("Give either input_ids or inputs_embeds.")
-    text, dims = (ids, 2) if embeds is None else (embeds, 3)
+def refuse_shapes(
+    ids: torch.Tensor | None, embeds: torch.Tensor | None, kwargs: dict[str, Any]
+) -> None:
+    """Raise ValueError for inputs that are missing, empty, or of shapes that do not match."""
+    texts = [tensor for tensor in (ids, embeds) if tensor is not None]
+    require(len(texts) == 1, "Give either input_ids or inputs_embeds.")
+    text, dims = texts[0], 2 if embeds is None else 3
     if text.dim() != dims or 0 in text.shape:
         raise ValueError(
             f"The text has the shape {tuple(text.shape)}; give (batch, seq), with at least one row "
@@ -54,50 +65,68 @@ def refuse_shapes(ids, embeds, kwargs):
             )
 
 
-def extend_mask(kwargs, n, known, batch, seq):
-    """The mask gets n columns of its own dtype."""
+def extend_mask(kwargs: dict[str, Any], n: int, known: int, batch: int, seq: int) -> None:
+    """Put n columns of ones in front of the mask.
+
+    known: number of positions before the tokens of this call, virtual ones included.
+    Raises ValueError for a mask that does not cover the whole text.
+    """
     mask = kwargs.get("attention_mask")
     if mask is None:
         return
-    if mask.dim() != 2:
-        raise ValueError(
-            f"The mask has {mask.dim()} dimensions; virtual tokens need one of (batch, seq)."
-        )
-    if mask.shape[1] + n != known + seq:
-        raise ValueError(
-            f"The mask has {mask.shape[1]} columns, but the call has {seq} tokens and the "
-            f"cache {known - n} of text. To go on from a used cache, give the new tokens only "
-            "and a mask over all of the text."
-        )
+    require(
+        mask.dim() == 2,
+        f"The mask has {mask.dim()} dimensions; virtual tokens need one of (batch, seq).",
+    )
+    require(
+        mask.shape[1] + n == known + seq,
+        f"The mask has {mask.shape[1]} columns, but the call has {seq} tokens and the "
+        f"cache {known - n} of text. To go on from a used cache, give the new tokens only "
+        "and a mask over all of the text.",
+    )
     kwargs["attention_mask"] = torch.cat([mask.new_ones(batch, n), mask], 1)  # (batch, n + text)
 
 
-def extend_positions(model, kwargs, first, n, new, text):
-    """Positions of the text go up by n. new: the virtual positions of this call itself, n or 0."""
+def extend_positions(
+    model: nn.Module,
+    kwargs: dict[str, Any],
+    first: int | None,
+    n: int,
+    new: int,
+    text: torch.Tensor,
+) -> None:
+    """Shift the position ids of the text by n.
+
+    first: as `positions_of` returns it. new: n if this call puts virtual tokens into the sequence,
+    else 0. text: input_ids or inputs_embeds. Raises ValueError for several documents in one row.
+    """
     (batch, seq), device = text.shape[:2], text.device
     positions = kwargs.get("position_ids")
     if positions is None:
-        skipped = n if model.virtual_tokens.place == "attention" else 0  # no columns of the mask
+        virtual: Any = model.virtual_tokens
+        skipped = n if virtual.place == "attention" else 0  # these have no columns in the mask
         if skipped and kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = torch.ones(batch, seq, dtype=torch.int64, device=device)
         count_positions(kwargs, first, new + seq, skipped)
         return
-    # Without a mask transformers takes positions that begin anew for documents in one row. The
-    # others would not see the virtual tokens.
+    # Without a mask, transformers starts a new document wherever the position ids begin again.
+    # Only the first document would see the virtual tokens.
     if kwargs.get("attention_mask") is None and seq > 1 and (positions.diff(dim=-1) <= 0).any():
         raise ValueError(
             "position_ids begin anew within a row, so it holds several documents; virtual tokens "
             "would stand before the first one only. Give each document a row of its own."
         )
-    virtual = (first or 0) + torch.arange(new, device=positions.device).expand(batch, -1)
-    kwargs["position_ids"] = torch.cat([virtual, (positions + n).expand(batch, -1)], 1)
+    before = (first or 0) + torch.arange(new, device=positions.device).expand(batch, -1)
+    after = (positions + n).expand(batch, -1)  # (batch, seq)
+    kwargs["position_ids"] = torch.cat([before, after], 1)  # (batch, new + seq)
 
 
-def count_positions(kwargs, first, last, skipped=0):
-    """Give the `last` columns of the mask, if there is one, positions that pass over padding.
+def count_positions(kwargs: dict[str, Any], first: int | None, last: int, skipped: int = 0) -> None:
+    """Set position ids that do not count padding, for the `last` columns of the mask.
 
-    Without a mask the model itself counts, which is right where nothing is padded. A model that
-    takes no positions (first is None), as with ALiBi, counts the columns of the mask.
+    first: as `positions_of` returns it. skipped: positions taken by tokens outside the mask.
+    Does nothing without a mask, since then nothing is padded and the model counts correctly; nor
+    for a model without position_ids (first is None), which uses the mask, as with ALiBi.
     """
     mask = kwargs.get("attention_mask")
     if mask is not None and first is not None:
@@ -105,15 +134,15 @@ def count_positions(kwargs, first, last, skipped=0):
         kwargs["position_ids"] = first + skipped + positions
 
 
-def extend_labels(model, kwargs, n, seq):
-    """Labels for virtual tokens in front: none of them is a target."""
+def extend_labels(model: nn.Module, kwargs: dict[str, Any], n: int, seq: int) -> None:
+    """Label the virtual tokens in front with -100, and ask for no more logits than are needed."""
     labels, keep = kwargs.get("labels"), seq
     if not takes(model, "logits_to_keep"):
         kwargs["labels"] = labels if labels is None else pad(labels, (n, 0), value=-100)
         return
     if labels is not None:
-        # The last virtual token predicts the first label, the others predict none. Their logits
-        # would be the largest tensor of the step for nothing, so they are not made.
+        # Only the last virtual token predicts a label. The logits of the others, which would make
+        # the largest tensor of the step larger still, are not computed.
         keep = seq + 1
         kwargs["labels"] = pad(labels, (1, 0), value=-100)  # (batch, seq + 1)
     if not isinstance(kwargs.get("logits_to_keep"), torch.Tensor):

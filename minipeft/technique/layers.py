@@ -1,7 +1,9 @@
-"""Layers that LoRA goes on: found by name, tried, exchanged. What the paper takes for granted."""
+"""Find, check and replace the layers that LoRA is put on."""
 
 import math
+from collections.abc import Callable, Iterable
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,49 +11,58 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from minipeft.freezing import modules_named
-from minipeft.refusals import refuse_flag, refuse_size, require
-from minipeft.technique.on_model import freeze_base, has_numbers, heads, unmark
+from minipeft.refusals import Model, refuse_flag, refuse_size, require
+from minipeft.technique.on_model import (
+    freeze_base,
+    has_numbers,
+    heads,
+    language_model_head,
+    unmark,
+)
 
 SCALINGS = ("alpha/r", "rslora")
 KINDS = (nn.Linear, Conv1D, nn.Embedding)
 
 
-def matrix(layer):
-    """The weight of a layer as (out, in). A view: Conv1D and nn.Embedding keep its transpose."""
-    return layer.weight if isinstance(layer, nn.Linear) else layer.weight.T
+def matrix(layer: nn.Module) -> torch.Tensor:
+    """The weight of a layer as (out, in). A view: Conv1D and nn.Embedding store its transpose."""
+    weight: Any = layer.weight
+    return weight if isinstance(layer, nn.Linear) else weight.T
 
 
-def add_product(h, z, weight):
+def add_product(h: torch.Tensor, z: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """h + z weight^T in the dtype of h. h: (..., out), z: (..., r), weight: (out, r)."""
     if not h.dtype == z.dtype == weight.dtype:  # on a half-precision base only the sum is rounded
         return (h + linear(z, weight)).to(h.dtype)
     rows = z.reshape(-1, z.shape[-1])  # (batch * seq, r)
-    # Fused, which spares a tensor as large as h.
+    # Fused: the product, a tensor as large as h, is not stored.
     return torch.addmm(h.reshape(-1, h.shape[-1]), rows, weight.T).view(h.shape)
 
 
 class InPlace(nn.Module):
-    """Takes the place of the layer `base`, and says what a model may ask of the layer there."""
+    """Replaces the layer `base`, and has the attributes of a layer that model code reads."""
+
+    base: Any  # one of KINDS, a layer with quantised weights, or another InPlace
 
     @property
-    def weight(self):
+    def weight(self) -> torch.Tensor:
         return self.base.weight
 
     @property
-    def bias(self):
+    def bias(self) -> torch.Tensor | None:
         return getattr(self.base, "bias", None)
 
     @property
-    def in_features(self):
+    def in_features(self) -> int:
         return self.base.in_features
 
     @property
-    def out_features(self):
+    def out_features(self) -> int:
         return self.base.out_features
 
 
-def replace_layer(model, name, layer):
-    """Put `layer` in the place of the one with this dotted name."""
+def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Replace the layer with this dotted name by `layer`."""
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, layer)
 
@@ -59,11 +70,8 @@ def replace_layer(model, name, layer):
 # ---- LoRA on a model ----------------------------------------------------------------------------
 
 
-def lora_layers(model):
-    """{name: layer} of the layers of `model` that have a low-rank change beside them.
-
-    Raises ValueError if there is none.
-    """
+def lora_layers(model: nn.Module) -> dict[str, Any]:
+    """{dotted name: LoRALinear or a variant of it}. Raises ValueError if there is none."""
     layers = {
         name: module
         for name, module in model.named_modules()
@@ -73,8 +81,16 @@ def lora_layers(model):
     return layers
 
 
-def put_lora(model, layers, new_layer):
-    """Freeze the model and replace each of [(name, layer)] by new_layer(name, layer)."""
+def put_lora(
+    model: nn.Module,
+    layers: list[tuple[str, nn.Module]],
+    new_layer: Callable[[str, nn.Module], nn.Module],
+) -> None:
+    """Freeze the model and replace each of [(name, layer)] by new_layer(name, layer).
+
+    Raises ValueError for a tied layer that is no embedding, and for one whose forward is not that
+    of its kind. An embedding or head with LoRA can afterwards not be resized or tied.
+    """
     for name, layer in layers:
         if not isinstance(layer, nn.Embedding):
             _refuse_tied(model, name, layer, "leave it out of the targets")
@@ -82,14 +98,17 @@ def put_lora(model, layers, new_layer):
     freeze_base(model)
     for name, layer in layers:
         replace_layer(model, name, new_layer(name, layer))
-    head = getattr(model, "get_output_embeddings", bool)() or None
-    placed = lora_layers(model).values()
-    if any(layer is head or isinstance(layer.base, nn.Embedding) for layer in placed):
-        model.resize_token_embeddings = model.tie_weights = _refuse_to_resize
+    head = language_model_head(model)
+    added = lora_layers(model).values()
+    if any(layer is head or isinstance(layer.base, nn.Embedding) for layer in added):
+        vars(model).update(resize_token_embeddings=_refuse_to_resize, tie_weights=_refuse_to_resize)
 
 
-def shift_weights(model, merge):
-    """Merge every change into its base weight (merge=False: subtract it). Returns the model."""
+def shift_weights(model: Model, merge: bool) -> Model:
+    """Add every low-rank change to its base weight (merge=False: subtract it). Returns the model.
+
+    Raises ValueError if that is done already, the base is quantised, or a weight is tied.
+    """
     layers = lora_layers(model)
     require(
         all(layer.merged != merge for layer in layers.values()),
@@ -110,7 +129,7 @@ def shift_weights(model, merge):
     return model
 
 
-def take_lora_off(model):
+def take_lora_off(model: Model) -> Model:
     """Put every base layer back into its place. Returns the model."""
     for name, layer in lora_layers(model).items():
         replace_layer(model, name, layer.base)
@@ -121,11 +140,11 @@ def take_lora_off(model):
     return model
 
 
-# ---- which layers are named ---------------------------------------------------------------------
+# ---- find layers by name ------------------------------------------------------------------------
 
 
-def target_layers(model, targets):
-    """[(name, layer)] of the layers that `targets` names, one or more endings of dotted names.
+def target_layers(model: nn.Module, targets: list[str]) -> list[tuple[str, nn.Module]]:
+    """[(name, layer)] of the layers whose dotted name ends in one of `targets`.
 
     Raises ValueError for an ending that no layer has, or only the head of a classifier.
     """
@@ -139,17 +158,19 @@ def target_layers(model, targets):
     return found
 
 
-def without_heads(model, found):
+def without_heads(
+    model: nn.Module, found: Iterable[tuple[str, nn.Module]]
+) -> list[tuple[str, nn.Module]]:
     """[(name, layer)] without those in the head of a classifier, which is trained as a whole."""
     trained = heads(model)
     return [(name, layer) for name, layer in found if name.split(".")[0] not in trained]
 
 
-# ---- what is refused ----------------------------------------------------------------------------
+# ---- check settings and layers ------------------------------------------------------------------
 
 
-def list_of_names(targets):
-    """`targets`, or the one target, as a list. Raises ValueError for anything but names."""
+def list_of_names(targets: str | Iterable[str]) -> list[str]:
+    """`targets`, or a single target, as a list. Raises ValueError for anything but names."""
     names = (targets,) if isinstance(targets, str) else targets
     require(
         isinstance(names, list | tuple | set)
@@ -159,15 +180,15 @@ def list_of_names(targets):
     return list(names)
 
 
-def check_settings(r, alpha, dropout, scaling, dora):
-    """Raise ValueError for a setting of LoRA that is out of range."""
+def check_settings(r: int, alpha: float, dropout: float, scaling: str, dora: bool) -> None:
+    """Raise ValueError for a setting of LoRA of the wrong type or out of range."""
     refuse_size("r", r, "rank")
     require(
-        _is_number(alpha) and 0 < alpha < math.inf,
+        is_number(alpha) and 0 < alpha < math.inf,
         f"alpha={alpha!r} must be above 0: it multiplies what LoRA learns.",
     )
     require(
-        _is_number(dropout) and 0 <= dropout < 1,
+        is_number(dropout) and 0 <= dropout < 1,
         f"dropout={dropout!r} is no probability below 1.",
     )
     require(
@@ -177,7 +198,8 @@ def check_settings(r, alpha, dropout, scaling, dora):
     refuse_flag("dora", dora)
 
 
-def _is_number(value):
+def is_number(value: object) -> bool:
+    """Is this a real number, of Python or of NumPy, and no bool?"""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
@@ -192,9 +214,9 @@ def _refuse_tied(model, name, layer, remedy):
 
 @torch.no_grad()
 def _refuse_other_arithmetic(name, layer):
-    """Raise ValueError for a layer of a class of its own that computes something else than W says,
-    such as a router that normalises its output."""
-    weight, rescales = layer.weight, getattr(layer, "max_norm", None)  # it writes to its weight
+    """Raise ValueError for a layer whose output is not that of its weight, such as a subclass of
+    nn.Linear that normalises its output, or an embedding that rescales its weight (max_norm)."""
+    weight, rescales = layer.weight, getattr(layer, "max_norm", None)
     if (type(layer) in KINDS and not rescales) or not has_numbers(layer):
         return
     if isinstance(layer, nn.Embedding):
@@ -207,7 +229,7 @@ def _refuse_other_arithmetic(name, layer):
     try:
         error = (layer(x) - expected).abs().max() if not rescales else math.inf
         same = error <= torch.finfo(weight.dtype).eps ** 0.5 * expected.abs().max().clamp(min=1e-8)
-    except Exception:  # other arguments, or a tuple
+    except Exception:  # its forward takes other arguments or returns a tuple
         same = False
     require(
         same,

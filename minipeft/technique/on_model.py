@@ -1,28 +1,30 @@
-"""Put a technique on a model: wholly, or not at all.
+"""Add a technique to a model, completely or not at all.
 
     with adding(model, "lora"):
         freeze_base(model)
         ...                         # what the paper says
 
-A base that cannot keep what the technique promises is found out here, while it is added. Whatever
-is raised inside, the model is afterwards what it was: modules, parameters, hooks, attributes.
+If the block raises an exception, for example because a check of the base model fails, all its
+changes to modules, parameters, hooks and attributes are undone.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 
 import torch
+from torch import nn
 
 from minipeft.freezing import at_least_float32, freeze
 from minipeft.refusals import require
-from minipeft.technique.record import Record
+from minipeft.technique.record import Record, Snapshot
 
 
 @contextmanager
-def adding(model, name, again=False):
-    """Mark the model as tuned by technique `name` when the block ends well; else undo the block.
+def adding(model: nn.Module, name: str, again: bool = False) -> Iterator[None]:
+    """Mark the model as tuned by technique `name`; undo the block if it raises an exception.
 
-    again: may the same technique be on the model already?
+    again: may the model have the same technique already?
     Raises ValueError as `refuse_tuned` does.
     """
     if not (again and technique_of(model) == name):
@@ -31,21 +33,20 @@ def adding(model, name, again=False):
     try:
         yield
         record = getattr(model, "minipeft", None) or Record(name)
-        model.save_pretrained = _refuse_to_save
+        vars(model).update(minipeft=record, save_pretrained=_refuse_to_save)
         record.add(before)
-        model.minipeft = record
     except BaseException:
         restore(model, before)
         raise
 
 
-def technique_of(model):
+def technique_of(model: nn.Module) -> str | None:
     """The name of the technique on a model, or None."""
     record = getattr(model, "minipeft", None)
     return record and record.technique
 
 
-def refuse_tuned(model):
+def refuse_tuned(model: nn.Module) -> None:
     """Raise ValueError for a model that has a technique already, ours or HF peft's."""
     kind, present = type(model).__name__, technique_of(model)
     require(
@@ -60,23 +61,26 @@ def refuse_tuned(model):
     )
 
 
-def snapshot(model):
-    """References to all that a technique may change; no tensor is copied."""
+def snapshot(model: nn.Module) -> Snapshot:
+    """References to everything that a technique may change. No tensor is copied."""
     parameters = [(p, p.data, p.requires_grad, p.grad) for p in model.parameters()]
     modules = []
     for module in model.modules():
         attributes = dict(vars(module))
-        inner = {k: v.copy() for k, v in attributes.items() if isinstance(v, dict | list | set)}
-        modules.append((module, attributes, inner))
+        containers = {
+            k: v.copy() for k, v in attributes.items() if isinstance(v, dict | list | set)
+        }
+        modules.append((module, attributes, containers))
     return parameters, modules
 
 
-def restore(model, before):
+def restore(model: nn.Module, before: Snapshot) -> None:
+    """Put the model back into the state of a snapshot."""
     parameters, modules = before
-    for module, attributes, inner in modules:
+    for module, attributes, containers in modules:
         vars(module).clear()
         vars(module).update(attributes)
-        for name, copied in inner.items():  # in place: handles of hooks hold on to their dicts
+        for name, copied in containers.items():  # in place, since hook handles refer to the dicts
             container = attributes[name]
             container.clear()
             container.extend(copied) if isinstance(container, list) else container.update(copied)
@@ -86,8 +90,8 @@ def restore(model, before):
         parameter.grad = grad
 
 
-def unmark(model):
-    """The technique is off: a plain model again."""
+def unmark(model: nn.Module) -> None:
+    """Undo the marks of `adding`, once the technique is off the model."""
     del model.minipeft, model.save_pretrained
 
 
@@ -99,13 +103,19 @@ def _refuse_to_save(*args, **kwargs):
     )
 
 
-def heads(model):
-    """{name: module} of what stands outside the backbone of a model without a language-model head.
+def language_model_head(model: nn.Module) -> nn.Module | None:
+    """The output embeddings, or None for a classifier, a bare backbone or a plain nn.Module."""
+    find = getattr(model, "get_output_embeddings", None)
+    return find() if find else None
 
-    On a classifier that is the head, which is new and random: it has to be trained.
+
+def heads(model: nn.Module) -> dict[str, nn.Module]:
+    """{name: module} outside the backbone of a model without a language-model head.
+
+    On a classifier that is the head, which is randomly initialised and has to be trained.
     """
     backbone = getattr(model, "base_model", model)
-    if backbone is model or model.get_output_embeddings() is not None:
+    if backbone is model or language_model_head(model) is not None:
         return {}
     return {
         name: module
@@ -114,38 +124,37 @@ def heads(model):
     }
 
 
-def freeze_base(model):
-    """Freeze `model` but for the head of a classifier, which trains in float32 or wider.
+def freeze_base(model: nn.Module) -> None:
+    """Freeze `model` except the head of a classifier, which trains in float32 or wider.
 
-    Half-precision states are widened as they enter that head. Returns the model.
+    Half-precision inputs of that head are cast to its dtype.
     """
-    outside = heads(model)  # before a technique adds modules of its own
+    classifier = heads(model)  # before a technique adds modules of its own
     freeze(model)
-    for head in outside.values():
+    for head in classifier.values():
         dtype = at_least_float32(next(head.parameters()).dtype)
         head.requires_grad_(True).to(dtype)
-        head.register_forward_pre_hook(_as_wide_as_the_head)
-    return model
+        head.register_forward_pre_hook(_cast_to_head_dtype)
 
 
-def _as_wide_as_the_head(head, args):
+def _cast_to_head_dtype(head, args):
     first, *rest = args
     return (first.to(next(head.parameters()).dtype), *rest)
 
 
 @contextmanager
-def evaluating(model):
-    """In the block every module is in eval mode; afterwards each has its own mode again."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module into eval mode for the block, then back into the mode it had."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        yield model
+        yield
     finally:
         for module, training in modes:
             module.training = training
 
 
-def has_numbers(model):
-    """False for a model on the meta device or of fake tensors, on which nothing can be tried."""
+def has_numbers(model: nn.Module) -> bool:
+    """False for a model on the meta device or of fake tensors, which cannot compute anything."""
     first = next(chain(model.parameters(), model.buffers()))
     return not (first.is_meta or isinstance(first, torch._subclasses.fake_tensor.FakeTensor))

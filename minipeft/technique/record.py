@@ -1,19 +1,29 @@
-"""What a technique has changed on a model, so that it can be taken off again.
+"""What a technique has changed on a model, so that the change can be undone.
 
-A change is a place in the model and what belongs there otherwise. Exchanging the two takes the
-technique off; exchanging them once more puts it back.
+Each change is a place in the model and the value that is not there now. Swapping the current value
+with the stored one takes the technique off; swapping them again puts it back.
 """
 
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import nn
 
-from minipeft.refusals import require
+from minipeft.refusals import Model, require
+
+# (parameter, data, requires_grad, grad) of all parameters, and (module, attributes, copies of those
+# attributes that are containers) of all modules
+Snapshot = tuple[
+    list[tuple[nn.Parameter, torch.Tensor, bool, torch.Tensor | None]],
+    list[tuple[nn.Module, dict[str, Any], dict[str, Any]]],
+]
 
 
 class Absent:
-    """Stands for an entry that is not there."""
+    """Stands for a missing attribute or key."""
 
 
 @dataclass
@@ -22,81 +32,90 @@ class Entry:
 
     module: nn.Module
     name: str
-    key: object  # of the dict; Absent for the attribute itself
-    other: object
+    key: Any  # of the dict; Absent for the attribute itself
+    stored: object
 
-    def place(self):
+    def place(self) -> Hashable:
+        """Identifies what is changed, for comparison with other changes."""
         return id(self.module), self.name, self.key
 
-    def exchange(self):
+    def exchange(self) -> None:
+        """Swap the current value with the stored one."""
         entries, key = vars(self.module), self.name
         if self.key is not Absent:
             entries, key = entries[self.name], self.key
-        here = entries.get(key, Absent)
-        if self.other is Absent:
+        current = entries.get(key, Absent)
+        if self.stored is Absent:
             entries.pop(key, None)
         else:
-            entries[key] = self.other  # one that is there keeps its place in the order
-        self.other = here
+            entries[key] = self.stored  # a key that is there keeps its place in the order
+        self.stored = current
 
 
 @dataclass
 class Values:
-    """The numbers of a parameter of the base that the technique trains, such as a head's."""
+    """The values of a base parameter that the technique trains, such as the head's."""
 
     parameter: nn.Parameter
-    other: object  # a tensor
+    stored: torch.Tensor
 
-    def place(self):
+    def place(self) -> Hashable:
+        """As `Entry.place`."""
         return id(self.parameter)
 
-    def exchange(self):
-        here = self.parameter.data
-        self.parameter.data, self.other = self.other.to(here.device), here
+    def exchange(self) -> None:
+        """As `Entry.exchange`."""
+        current = self.parameter.data
+        self.parameter.data, self.stored = self.stored.to(current.device), current
 
 
 @dataclass
 class Record:
-    """`model.minipeft`: the technique on a model, and what it has changed there."""
+    """`model.minipeft`: the technique on a model, and its changes to the model."""
 
     technique: str
-    changes: list = field(default_factory=list)  # of Entry and Values
-    trainable: list = field(default_factory=list)  # (parameter, requires_grad before)
+    changes: list[Entry | Values] = field(default_factory=list)
+    trainable: list[tuple[nn.Parameter, bool]] = field(default_factory=list)  # before `add_*`
 
-    def add(self, before):
-        """Note what differs from a snapshot, unless it is noted already."""
+    def add(self, before: Snapshot) -> None:
+        """Record every difference from a snapshot that is not recorded yet."""
         parameters, modules = before
         known = {change.place() for change in self.changes}
-        new = []
-        if not self.trainable:  # else the base is noted, and the rest is the technique's own
+        new: list[Entry | Values] = []
+        if not self.trainable:  # the first time; later parameters belong to the technique
             self.trainable = [(p, requires_grad) for p, _, requires_grad, _ in parameters]
-            new += [Values(p, d.clone()) for p, d, *_ in parameters if p.requires_grad]  # a head's
-        for module, attributes, inner in modules:
-            new += _entries(module, vars(module), attributes, Absent)
-            for name, items in inner.items():
+            new += [Values(p, data.clone()) for p, data, *_ in parameters if p.requires_grad]
+        for module, attributes, containers in modules:
+            new += _changed(module, vars(module), attributes, Absent)
+            for name, items in containers.items():
                 if vars(module).get(name) is attributes[name] and isinstance(items, dict):
-                    new += _entries(module, attributes[name], items, name)
+                    new += _changed(module, attributes[name], items, name)
         self.changes += [change for change in new if change.place() not in known]
 
-    def exchange(self):
+    def exchange(self) -> None:
+        """Swap all current values with the stored ones."""
         for change in self.changes:
             change.exchange()
 
 
-def _entries(module, now, before, name):
-    """The entries of a dict that differ from what it held before. name: Absent for vars(module)."""
+def _changed(module, now, before, name):
+    """An Entry for each difference between two dicts: the attributes of a module (name is Absent),
+    or its attribute `name`."""
     found = []
     for key in now.keys() | before.keys():
-        other = before.get(key, Absent)
-        if now.get(key, Absent) is not other and key not in ("training", "minipeft"):
+        stored = before.get(key, Absent)
+        if now.get(key, Absent) is not stored and key not in ("training", "minipeft"):
             place = (key, Absent) if name is Absent else (name, key)
-            found.append(Entry(module, *place, other))
+            found.append(Entry(module, *place, stored))
     return found
 
 
-def record_of(model):
-    """The Record of a tuned model. Raises ValueError for a model without a technique."""
-    record = getattr(model, "minipeft", None)
+def record_of(model: nn.Module) -> Record:
+    """The Record of a tuned model.
+
+    Raises ValueError for a model without a technique, and for merged LoRA.
+    """
+    record: Any = getattr(model, "minipeft", None)
     require(record, f"This {type(model).__name__} has no technique; add one first.")
     merged = any(getattr(module, "merged", False) for module in model.modules())
     require(
@@ -107,12 +126,12 @@ def record_of(model):
     return record
 
 
-def remove(model):
+def remove(model: Model) -> Model:
     """Take the technique off: the base as it was before `add_*`, bit for bit. Returns the model.
 
-    What was trained is lost; save it before. Hooks, modules and attributes of the technique are
-    gone, a trained head has its old weights, and what required grad before requires grad again.
-    Raises ValueError for a model without a technique, and for merged LoRA.
+    The trained weights are lost; save them before. The technique's hooks, modules and attributes
+    are removed, a trained head gets its old weights back, and every parameter its old
+    requires_grad. Raises ValueError for a model without a technique, and for merged LoRA.
     """
     record = record_of(model)
     record.exchange()
@@ -124,8 +143,8 @@ def remove(model):
 
 
 @contextmanager
-def disabled(model):
-    """In the block the model answers as its base does; afterwards it is tuned as before.
+def disabled(model: Model) -> Iterator[Model]:
+    """Switch the technique off for the block: the model computes what its base computes.
 
         with disabled(model):
             before = model(**batch).logits

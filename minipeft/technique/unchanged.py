@@ -1,21 +1,25 @@
-"""Try that a technique which starts as nothing changes nothing: LoRA and adapters."""
+"""Check that LoRA and adapters, which start as an update of zero, do not change the output."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import nn
 
-from minipeft.technique.on_model import evaluating, has_numbers
+from minipeft.technique.on_model import evaluating, has_numbers, language_model_head
 
 
 @contextmanager
-def unchanged(model):
-    """Raise ValueError unless two ordinary tokens get the same answer after the block as before.
+def unchanged(model: nn.Module) -> Iterator[dict[str, nn.Module]]:
+    """Raise ValueError unless the output for two tokens is the same after the block as before.
 
-    Yields a dict, for {name: layer} of layers that the model has to call for it.
-    What cannot be tried is let pass: a model without numbers, or one that takes more than tokens.
+    Yields a dict to be filled with {name: layer} of layers that the model's forward must call.
+    Checks nothing for a model on the meta device, or one that needs more inputs than tokens.
     """
-    before = _answer(model, plain=True)
-    needed, called = {}, set()
+    before = _output_of_two_tokens(model, plain=True)
+    needed: dict[str, nn.Module] = {}
+    called = set()
     yield needed
     if before is None:
         return
@@ -24,7 +28,7 @@ def unchanged(model):
         for layer in needed.values()
     ]
     try:
-        after = _answer(model)
+        after = _output_of_two_tokens(model)
     except Exception as error:
         raise ValueError(
             f"{type(model).__name__} cannot work with it ({type(error).__name__}: {error}); take "
@@ -41,7 +45,8 @@ def unchanged(model):
         )
     before, after = before.double(), after.double()
     largest = before.nan_to_num(0, 0, 0).abs().max()
-    allowed = torch.finfo(model.dtype).eps ** 0.5 * largest
+    dtype: Any = model.dtype
+    allowed = torch.finfo(dtype).eps ** 0.5 * largest
     if not torch.allclose(after, before, rtol=0, atol=allowed.item(), equal_nan=True):
         raise ValueError(
             f"It would change what {type(model).__name__} answers before anything is trained; take "
@@ -50,9 +55,12 @@ def unchanged(model):
 
 
 @torch.no_grad()
-def _answer(model, plain=False):
-    """The first output for two ordinary tokens, or None. No mode or random state is changed."""
-    table = _table(model)  # (vocab, hidden)
+def _output_of_two_tokens(model, plain=False):
+    """The first output tensor for two tokens that are not special, or None if it cannot be had.
+
+    plain: is this the model before the block? Modes and random states stay as they were.
+    """
+    table = _input_embeddings(model)  # (vocab, hidden)
     if table is None or not has_numbers(model):
         return None
     special = set()
@@ -69,7 +77,7 @@ def _answer(model, plain=False):
     except Exception as error:
         if not plain:
             raise
-        if model.get_output_embeddings() is None:  # a head may ask for more
+        if language_model_head(model) is None:  # another head may need more inputs
             return None
         raise ValueError(
             f"{type(model).__name__} does not answer two ordinary tokens "
@@ -79,13 +87,13 @@ def _answer(model, plain=False):
     return next(value for value in values if isinstance(value, torch.Tensor))
 
 
-def _table(model):
-    """The embedding table of a model to which input_ids alone can be given; else None."""
+def _input_embeddings(model):
+    """The embedding table of a model that can be called with input_ids alone; else None."""
     if getattr(model, "main_input_name", None) != "input_ids" or not hasattr(model, "config"):
         return None
     if getattr(model.config, "is_encoder_decoder", False):
         return None
     try:
         return getattr(model.get_input_embeddings(), "weight", None)
-    except NotImplementedError:  # transformers does not find it
+    except NotImplementedError:  # transformers did not find it
         return None

@@ -1,17 +1,27 @@
-"""The words of a base: virtual tokens start from them, and are held against them in a trial."""
+"""Tokens of the base model, which virtual tokens start from and are compared with."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypedDict
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minipeft.freezing import at_least_float32
 from minipeft.technique.asked import embedded
 from minipeft.technique.trial import LENGTH, N
 
 
+class Place(TypedDict):
+    """Where new trainable parameters are created."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
 @contextmanager
-def refusing(model):
-    """Turn whatever goes wrong in a trial into one sentence about this model."""
+def refusing(model: PreTrainedModel) -> Iterator[None]:
+    """Turn any exception of a trial into a ValueError of one sentence about this model."""
     try:
         yield
     except Exception as error:
@@ -24,38 +34,43 @@ def refusing(model):
         raise ValueError(f"{begin}{reason}. Take LoRA, or another base model.") from error
 
 
-def trial_words(model):
-    """N + LENGTH ordinary tokens, different ones as far as there are: int64."""
+def trial_words(model: PreTrainedModel) -> torch.Tensor:
+    """Ordinary tokens spread over the vocabulary: int64 (N + LENGTH,)."""
     words = ordinary_tokens(model)
     steps = torch.linspace(0, len(words) - 1, N + LENGTH, device=words.device)
     return words[steps.long()]
 
 
-def place_of(model):
-    """{"device": ..., "dtype": ...} for new trainables: float32, or float64 on a float64 base."""
-    weight = model.get_input_embeddings().weight
+def place_of(model: PreTrainedModel) -> Place:
+    """Device and dtype of new trainable parameters: float32, or float64 on a float64 base."""
+    weight = _embedding_table(model)
     return {"device": weight.device, "dtype": at_least_float32(weight.dtype)}
 
 
-def width_of(model):
-    """The width of the vectors that enter the model."""
+def width_of(model: PreTrainedModel) -> int:
+    """The width of the input embeddings."""
     return vectors_of(model, trial_words(model)[:1]).shape[1]
 
 
 @torch.no_grad()
-def vectors_of(model, ids):
-    """The vectors that enter the model for token ids (n,), as new trainables: (n, hidden)."""
+def vectors_of(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """A copy of the input embeddings of token ids (n,), in float32 or wider: (n, hidden)."""
     return embedded(model, ids).to(**place_of(model), copy=True)
 
 
-def vocabulary_of(model):
-    """The vectors of all tokens, as they enter the model: (vocab, hidden), in float32 or wider."""
-    table = model.get_input_embeddings().weight
+def vocabulary_of(model: PreTrainedModel) -> torch.Tensor:
+    """A copy of the input embeddings of all tokens, in float32 or wider: (vocab, hidden)."""
+    table = _embedding_table(model)
     return vectors_of(model, torch.arange(len(table), device=table.device))
 
 
-def token_ids(model, text, tokenizer, n=None):
-    """The ids of `text` without special tokens: (n,), cut or repeated to n if n is given.
+def token_ids(
+    model: PreTrainedModel,
+    text: str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    n: int | None = None,
+) -> torch.Tensor:
+    """The ids of `text` without special tokens: int64 (n,), cut or repeated to n if n is given.
 
     Raises ValueError if there is no tokenizer, or no token.
     """
@@ -70,16 +85,19 @@ def token_ids(model, text, tokenizer, n=None):
     return torch.tensor(ids, device=place_of(model)["device"])
 
 
-def ordinary_tokens(model, tokenizer=None):
-    """The ids of the vocabulary that are no special tokens: an int64 tensor (ids,).
+def ordinary_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+) -> torch.Tensor:
+    """The ids of all tokens that are not special: int64 (ids,).
 
-    The first rows of a table are often special tokens, and some tables have rows for no token.
+    The first rows of an embedding table are often special tokens, and some tables have more rows
+    than there are tokens.
     """
     tokenizer = tokenizer or getattr(model, "minipeft_tokenizer", None)
-    table = model.get_input_embeddings().weight
-    config, special = model.config, set()
+    table = _embedding_table(model)
+    special = set()
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = getattr(config, name, None)
+        value = getattr(model.config, name, None)
         special |= set(value if isinstance(value, list) else [value])
     size = len(table)
     if tokenizer is not None:
@@ -87,3 +105,7 @@ def ordinary_tokens(model, tokenizer=None):
         special |= {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         size = min(size, len(tokenizer))
     return torch.tensor([i for i in range(size) if i not in special], device=table.device)
+
+
+def _embedding_table(model):
+    return model.get_input_embeddings().weight  # (vocab, hidden)

@@ -1,1 +1,1 @@
-"""The training loop, loop.py, and what stands beside it, each in a file of its own."""
+"""The training loop (loop.py) and its parts, one file each."""

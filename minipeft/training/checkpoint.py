@@ -1,11 +1,12 @@
-"""Checkpoints of a training run: safetensors and JSON only, each folder written whole.
+"""Checkpoints of a training run: safetensors and JSON only, each folder written atomically.
 
 A folder `step-000123` holds everything that the next step depends on:
-model.safetensors       the trainable parameters, and the buffers of the model's state dict, but not
-                        those of a 4-bit base, which never change
-optimizer.safetensors   AdamW's two running means and step count of each trainable
-best.safetensors        the trainables of the lowest evaluation loss, unless that is this very step
-state.json              settings, history, place in the data, random states, loss scale
+model.safetensors       the trainable parameters, and the buffers of the state dict except those of
+                        a 4-bit base, which never change
+optimizer.safetensors   AdamW's two moments and step count for each trainable parameter
+best.safetensors        the trainable parameters of the step with the lowest evaluation loss, unless
+                        that is this step
+state.json              settings, history, position in the data, random states, loss scale
 
 A folder is removed only if it holds such files and nothing else.
 """
@@ -13,11 +14,14 @@ A folder is removed only if it holds such files and nothing else.
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from minipeft.adapter_files.atomic import MARK, discard, whole_folder
 from minipeft.freezing import trainable_parameters
@@ -29,26 +33,26 @@ FILES = NEEDED | {"best.safetensors"}
 STATE = {"settings", "history", "place", "random", "scaler"}
 
 
-def codes_of(model):
-    """The ids of the buffers that a 4-bit base is made of."""
+def codes_of(model: nn.Module) -> set[int]:
+    """The ids of the buffers that hold the weights of a 4-bit base."""
     return {id(b) for m in model.modules() if isinstance(m, NF4Linear) for b in m.buffers()}
 
 
 def _model_tensors(model):
-    """{name: tensor} of all that training can change: batch norm, say, counts in buffers."""
-    kept, codes = model.state_dict(keep_vars=True), codes_of(model)
-    buffers = {n: b for n, b in model.named_buffers() if n in kept and id(b) not in codes}
+    """{name: tensor} of all that training can change, such as batch norm's running statistics."""
+    state, codes = model.state_dict(keep_vars=True), codes_of(model)
+    buffers = {n: b for n, b in model.named_buffers() if n in state and id(b) not in codes}
     return trainable_parameters(model) | buffers
 
 
 def _number(path):
-    """The step that a name of ours gives, or None: step-000123."""
-    named = re.fullmatch(r"step-(\d{6,})", path.name)
-    return int(named[1]) if named else None
+    """The step in a folder name such as step-000123, or None for another name."""
+    match = re.fullmatch(r"step-(\d{6,})", path.name)
+    return int(match[1]) if match else None
 
 
 def _state(folder):
-    """(what state.json holds, what is wrong with it or None)."""
+    """(content of state.json, what is wrong with it or None)."""
     try:
         state = json.loads((folder / "state.json").read_bytes())
     except (OSError, ValueError) as error:
@@ -59,25 +63,28 @@ def _state(folder):
 
 
 def _checkpoints(root):
-    """{step: folder} of the checkpoints below `root`, and of what may be a damaged one."""
+    """{step: folder} of the checkpoints in `root`, damaged ones included."""
     found = {}
     for path in Path(root).glob("step-*"):
         if _number(path) is None or path.is_symlink() or not path.is_dir():
             continue
-        if NEEDED <= {inside.name for inside in path.iterdir()}:
+        if NEEDED <= {file.name for file in path.iterdir()}:
             state, _ = _state(path)
-            if not isinstance(state, dict) or STATE & state.keys():  # else another program's
+            if not isinstance(state, dict) or STATE & state.keys():  # else of another program
                 found[_number(path)] = path
     return found
 
 
 def _is_ours(folder):
     """Does the folder hold a checkpoint and nothing else?"""
-    return {inside.name for inside in folder.iterdir()} <= FILES and _state(folder)[1] is None
+    return {file.name for file in folder.iterdir()} <= FILES and _state(folder)[1] is None
 
 
-def newest(root):
-    """The checkpoint folder of the highest step below `root`, or None. Rank 0 looks for all."""
+def newest(root: str | Path) -> Path | None:
+    """The checkpoint folder of the highest step in `root`, or None. Rank 0 decides for all ranks.
+
+    Raises ValueError on a rank that does not see the folder.
+    """
     found = _checkpoints(root) if is_main_process() else {}
     step = broadcast(max(found, default=-1))
     folder = Path(root) / f"step-{step:06d}"
@@ -86,24 +93,25 @@ def newest(root):
     return None if step < 0 else folder
 
 
-def refuse_names_in_the_way(root, saved):
-    """Raise ValueError where what has the name of a checkpoint to come is there already.
+def refuse_names_in_the_way(root: str | Path, saved: Callable[[int], bool]) -> None:
+    """Raise ValueError if a path that a future checkpoint needs already exists.
 
-    saved: does a step get one? A function of its number.
+    saved: tells for a step number whether that step gets a checkpoint.
     """
     root = Path(root)
     if root.exists() and not root.is_dir():
         raise ValueError(f"checkpoint_dir={root} is a file; give a folder, which may be new.")
     for path in root.glob("step-*"):
-        if _number(path) is not None and saved(_number(path)):
+        step = _number(path)
+        if step is not None and saved(step):
             raise ValueError(
                 f"{path} is no checkpoint of this run and would be in the way of one. Move it, or "
                 "take another checkpoint_dir."
             )
 
 
-def begin_anew(root):
-    """Remove all checkpoints below `root`. Raises ValueError for a folder that may be one."""
+def begin_anew(root: str | Path) -> None:
+    """Remove all checkpoints in `root`. Raises ValueError if one is damaged or holds more."""
     for folder in _checkpoints(root).values():
         if not _is_ours(folder):
             raise ValueError(
@@ -113,8 +121,8 @@ def begin_anew(root):
     discard_all_but(None, root)
 
 
-def discard_all_but(kept, root):
-    """Remove the other checkpoints below `root`, and scratch that a killed run left behind."""
+def discard_all_but(kept: Path | None, root: str | Path) -> None:
+    """Remove the other checkpoints in `root`, and temporary folders of killed runs."""
     for folder in _checkpoints(root).values():
         if folder != kept and _is_ours(folder):
             discard(folder, folder)
@@ -123,8 +131,15 @@ def discard_all_but(kept, root):
             shutil.rmtree(scratch)
 
 
-def save_checkpoint(root, step, model, optimizer, state, best=None):
-    """Write `root/step-<step>` whole, then remove the older ones."""
+def save_checkpoint(
+    root: str | Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    best: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write `root/step-<step>` atomically, then remove the older checkpoints."""
     folder = Path(root) / f"step-{step:06d}"
     names = {id(p): name for name, p in trainable_parameters(model).items()}
     moments = {
@@ -145,16 +160,16 @@ def save_checkpoint(root, step, model, optimizer, state, best=None):
     barrier()
 
 
-def damaged(folder, why):
-    """The error to raise for a checkpoint that cannot be gone on from."""
+def damaged(folder: Path, why: str) -> ValueError:
+    """The error to raise for a checkpoint that a run cannot resume from."""
     return ValueError(
         f"The checkpoint {folder} is damaged, or not one of this package: {why}. Move it away to "
         "begin anew."
     )
 
 
-def read_state(folder):
-    """The JSON part of a checkpoint. Raises ValueError if it is damaged."""
+def read_state(folder: Path) -> dict[str, Any]:
+    """The content of a checkpoint's state.json. Raises ValueError if it is damaged."""
     state, wrong = _state(folder)
     if wrong:
         raise damaged(folder, wrong)
@@ -169,31 +184,33 @@ def _load(folder, name):
 
 
 def _refuse_others(folder, name, found, expected):
-    """Raise ValueError unless the tensors of a file have the keys, shapes and types expected."""
+    """Raise ValueError for other keys, shapes or dtypes than expected in a file, and for NaN."""
     for key in sorted(found.keys() ^ expected.keys()):
         wrong = "is missing from" if key in expected else "is not expected in"
         raise damaged(folder, f"{key} {wrong} {name}")
     for key, tensor in found.items():
-        there, here = ((t.dtype, tuple(t.shape)) for t in (tensor, expected[key]))
-        if there != here:
-            raise damaged(folder, f"{key} in {name} is {there}, but the model's is {here}")
+        saved, wanted = ((t.dtype, tuple(t.shape)) for t in (tensor, expected[key]))
+        if saved != wanted:
+            raise damaged(folder, f"{key} in {name} is {saved}, but the model's is {wanted}")
         if tensor.isnan().any():
             raise damaged(folder, f"{key} in {name} holds NaN")
 
 
-def load_tensors(folder, model, optimizer, best_is_apart):
-    """Put model and optimiser back into the state of `folder`; return the best trainables.
+def load_tensors(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, best_is_apart: bool
+) -> dict[str, torch.Tensor]:
+    """Load the state in `folder` into model and optimiser; return the best trainable parameters.
 
-    best_is_apart: were the best trainables not those of this step?
-    Raises ValueError, with the model as it was, if a file is damaged.
+    best_is_apart: are the best parameters in best.safetensors, not those of this step?
+    Raises ValueError if a file is damaged; the model is then unchanged.
     """
     params, targets = trainable_parameters(model), _model_tensors(model)
     tensors = _load(folder, "model.safetensors")
     _refuse_others(folder, "model.safetensors", tensors, targets)
     moments = _load(folder, "optimizer.safetensors")
-    trained = [name for name in params if f"step.{name}" in moments]  # of the others came no grad
-    expected = {f"{key}.{n}": params[n] for n in trained for key in ("exp_avg", "exp_avg_sq")}
-    expected |= {f"step.{n}": torch.tensor(0.0) for n in trained}
+    trained = [name for name in params if f"step.{name}" in moments]  # the others had no gradient
+    expected: dict[str, torch.Tensor] = {f"step.{n}": torch.tensor(0.0) for n in trained}
+    expected |= {f"{key}.{n}": params[n] for n in trained for key in ("exp_avg", "exp_avg_sq")}
     _refuse_others(folder, "optimizer.safetensors", moments, expected)
     best = None
     if best_is_apart:
@@ -203,9 +220,9 @@ def load_tensors(folder, model, optimizer, best_is_apart):
     for key, tensor in moments.items():
         key, name = key.split(".", 1)
         p = params[name]
-        if key == "step":  # the fused kernel wants it beside the parameter
+        if key == "step":  # the fused kernel needs it on the parameter's device
             optimizer.state[p][key] = tensor.to(p.device) if optimizer.defaults["fused"] else tensor
         else:
-            optimizer.state[p][key] = torch.zeros_like(p)  # with its strides
+            optimizer.state[p][key] = torch.zeros_like(p)  # keeps its strides
             put_back({name: tensor}, {name: optimizer.state[p][key]})
     return copy_of(params) if best is None else best

@@ -1,9 +1,11 @@
-"""What `train` refuses before it begins, each in one sentence."""
+"""The checks of `train`'s arguments, made before the first step."""
 
 import math
 from numbers import Integral, Real
+from typing import Any
 
 import torch
+from torch import nn
 
 from minipeft.freezing import trainable_parameters
 from minipeft.refusals import refuse_no_model, require
@@ -14,18 +16,20 @@ AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float1
 COUNTS = ("max_steps", "warmup_steps", "accumulation", "eval_every", "save_every")
 
 
-def refuse_bad_input(model, batches, call, groups):
-    """Raise ValueError, with what to do, for input that cannot train.
+def refuse_bad_input(
+    model: nn.Module, batches: object, call: dict[str, Any], groups: list[dict[str, Any]]
+) -> None:
+    """Raise ValueError for input that cannot be trained on, with the remedy.
 
-    call: the arguments of `train` by name. groups: its parameter groups, as they will be used.
+    call: the arguments of `train` by name. groups: the parameter groups, defaults filled in.
     """
     refuse_no_model(model)
     _refuse_numbers(call, groups)
     _refuse_precision(model, call["precision"])
     for name, given in (("batches", batches), ("eval_batches", call["eval_batches"])):
-        again = hasattr(given, "__iter__") and iter(given) is not given
+        repeatable = hasattr(given, "__iter__") and iter(given) is not given
         require(
-            again or (given is None and name == "eval_batches"),
+            repeatable or (given is None and name == "eval_batches"),
             f"`{name}` can be gone through only once, or not at all, but is begun anew again and "
             "again. Pass a list, a DataLoader or minipeft's Batches.",
         )
@@ -36,10 +40,10 @@ def refuse_bad_input(model, batches, call, groups):
 
 def _refuse_numbers(call, groups):
     for name in COUNTS:
-        given, least = call[name], int(name != "warmup_steps")
+        value, minimum = call[name], int(name != "warmup_steps")
         require(
-            _is_number(given, least, Integral) or (given is None and name.endswith("every")),
-            f"{name}={given!r} is not a number of steps or batches.",
+            _is_number(value, minimum, Integral) or (value is None and name.endswith("every")),
+            f"{name}={value!r} is not a number of steps or batches.",
         )
     for name, value in ((name, g[name]) for g in groups for name in ("lr", "weight_decay")):
         require(_is_number(value, 0, Real), f"{name}={value!r} must be a number from 0 on.")
@@ -97,5 +101,5 @@ def _refuse_parameters(model, groups):
         )
 
 
-def _is_number(value, least, kind):
-    return isinstance(value, kind) and not isinstance(value, bool) and least <= value < math.inf
+def _is_number(value, minimum, kind):
+    return isinstance(value, kind) and not isinstance(value, bool) and minimum <= value < math.inf

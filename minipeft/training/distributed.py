@@ -1,20 +1,20 @@
-"""The same training on several processes, the ranks, which `torchrun` starts.
+"""Data-parallel training on several processes (ranks), which `torchrun` starts.
 
     device = start()
     model = distribute(add_lora(load_base(device=device)[0]), "ddp")      # or "fsdp"
-    train(model, batches, ...)                                       # as ever
+    train(model, batches, ...)                                       # as on one process
     save_adapter(model, "my_adapter")                                # on every rank
     finish()
 
-Every rank is given the same batches and takes its rows of each. The loss is divided by the target
-tokens of all ranks, so that loss and weights are those of one process, to rounding. Each rank drops
-out other units than the others.
+Every rank is given the same batches and takes its own rows of each. The loss is divided by the
+number of target tokens on all ranks, so loss and weights equal those of one process, up to
+rounding. Each rank draws its own dropout masks.
 
-"ddp"   each rank holds everything; the gradients are summed (Li et al. 2020, "PyTorch Distributed",
-        section 3). Done by hand here, after the backward pass, so that the model stays a model of
-        transformers without a wrapper.
-"fsdp"  parameters, gradients and optimiser state are divided among the ranks, and a block is put
-        together only while it works: ZeRO stage 3 (Rajbhandari et al. 2020, section 5), by torch's
+"ddp"   every rank holds the whole model; gradients are all-reduced (Li et al. 2020, "PyTorch
+        Distributed", section 3). This is done by hand after the backward pass, so the model needs
+        no wrapper.
+"fsdp"  parameters, gradients and optimiser state are sharded, and the parameters of a block are
+        gathered only while it runs: ZeRO stage 3 (Rajbhandari et al. 2020, section 5), by torch's
         `fully_shard`.
 """
 
@@ -22,30 +22,33 @@ import gc
 import os
 import random
 import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from minipeft.freezing import blocks
+from minipeft.refusals import require
 
 KINDS = ("ddp", "fsdp")
 LOST = ("connection", "timed out", "timeout", "broken pipe", "socket", "gloo", "nccl", "peer")
-PATIENCE = timedelta(days=1)  # how long the ranks wait for one of them that writes files
-_patient = None  # their group for that; None where `start` was not called
+PATIENCE = timedelta(days=1)  # how long the ranks wait while the main process writes files
+_patient: dist.ProcessGroup | None = None  # a group with that timeout; None before `start`
 
 
-def start(timeout=30, device=None):
-    """Join the ranks of this `torchrun`. Returns the device of this rank.
+def start(timeout: float = 30, device: str | None = None) -> torch.device:
+    """Initialise the process group of this `torchrun`. Returns the device of this rank.
 
-    device: "cuda", a CUDA device for each rank, over NCCL; "cpu", over gloo. Default: "cuda" where
-    this machine has one for each of its ranks. (NCCL lets no two ranks share a device.)
-    timeout: a rank that waits for another one in a step gives up after so many seconds; while rank
-    0 writes files the others wait for it as long as it lives.
-    Raises ValueError outside torchrun, and for "cuda" where there are not enough devices.
+    timeout: seconds after which a rank stops waiting for another one in a step. While the main
+    process writes files, the others wait for as long as it lives.
+    device: "cuda" (NCCL, one CUDA device per rank) or "cpu" (gloo). Default: "cuda" if this machine
+    has a device for each of its ranks; NCCL does not let two ranks share one.
+    Raises ValueError outside torchrun, and for "cuda" if there are not enough devices.
     """
     global _patient
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
@@ -53,23 +56,23 @@ def start(timeout=30, device=None):
             "This process was not started by torchrun; run it as "
             "`torchrun --nproc-per-node 2 script.py`."
         )
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))  # on this machine
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device not in (None, "cpu", "cuda"):
         raise ValueError(f"device={device!r} is none of 'cpu', 'cuda'; each rank takes its own.")
-    if device == "cuda" and found < here:
+    if device == "cuda" and gpus < ranks:
         raise ValueError(
-            f"{here} ranks of this machine cannot share {found} CUDA devices over NCCL; start as "
+            f"{ranks} ranks of this machine cannot share {gpus} CUDA devices over NCCL; start as "
             'many ranks as there are devices, or pass device="cpu".'
         )
-    if device is None and 0 < found < here and os.environ.get("LOCAL_RANK", "0") == "0":
+    if device is None and 0 < gpus < ranks and os.environ.get("LOCAL_RANK", "0") == "0":
         warnings.warn(
-            f"{here} ranks of this machine cannot share {found} CUDA devices over NCCL, so they "
+            f"{ranks} ranks of this machine cannot share {gpus} CUDA devices over NCCL, so they "
             "train on the CPU, over gloo.",
             stacklevel=2,
         )
     limit = timedelta(seconds=timeout)
-    if device == "cpu" or found < here:
+    if device == "cpu" or gpus < ranks:
         place = torch.device("cpu")
         dist.init_process_group("gloo", timeout=limit)
     else:
@@ -80,71 +83,69 @@ def start(timeout=30, device=None):
     return place
 
 
-def finish():
-    """Leave the ranks, all at the same time."""
+def finish() -> None:
+    """Wait for all ranks, then destroy the process group."""
     global _patient
     if dist.is_initialized():
         barrier()
         _patient = None
-        gc.collect()  # what still holds a group would end it later, where gloo aborts the process
+        gc.collect()  # a group that is still referenced would be freed later, and gloo would abort
         dist.destroy_process_group()
 
 
-def world_size():
-    """How many processes train together; 1 where `start` was not called."""
+def world_size() -> int:
+    """The number of ranks; 1 before `start`."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def is_main_process():
-    """Is this the rank that writes files and draws the progress bar?"""
+def is_main_process() -> bool:
+    """Is this rank 0, which writes files and shows the progress bar?"""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def barrier():
-    """Wait until every rank is here, if need be for hours: a rank that died is noticed at once."""
+def barrier() -> None:
+    """Wait for all ranks, if need be for hours. A rank that dies is noticed at once."""
     if world_size() > 1:
         dist.barrier(group=_patient)
 
 
-def broadcast(number):
-    """The whole number that rank 0 gives, on every rank."""
+def broadcast(number: int) -> int:
+    """The `number` of rank 0, on every rank."""
     if world_size() == 1:
         return number
-    numbers = torch.tensor(number)
-    dist.broadcast(numbers, src=0, group=_patient)
-    return int(numbers)
+    tensor = torch.tensor(number)
+    dist.broadcast(tensor, src=0, group=_patient)
+    return int(tensor)
 
 
 @contextmanager
-def rank_seed(seed, step, device):
-    """In the block torch draws what no other rank draws, such as dropout masks.
+def rank_seed(seed: int, step: int, device: torch.device) -> Iterator[None]:
+    """Give torch a random state of this rank's own in the block, for dropout masks.
 
-    It draws from `seed`, `step` and the rank, so that a resumed run draws the same again. Outside
-    of the block all ranks draw alike, such as the order of the data. One process draws on as ever.
+    It depends on `seed`, `step` and rank alone, so a resumed run draws the same numbers. Outside
+    the block all ranks draw the same, such as the order of the data. Does nothing for one process.
     """
     if world_size() == 1:
         yield
         return
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        own = random.Random(f"{seed} {step} {dist.get_rank()}").getrandbits(63)
-        torch.default_generator.manual_seed(own)  # torch.manual_seed would reseed every device
+        own_seed = random.Random(f"{seed} {step} {dist.get_rank()}").getrandbits(63)
+        torch.default_generator.manual_seed(own_seed)  # torch.manual_seed would seed every device
         if devices:
-            torch.cuda.manual_seed(own)  # of this device, which `start` chose
+            torch.cuda.manual_seed(own_seed)  # the current device, which `start` has set
         yield
 
 
-def distribute(model, kind):
-    """Make one model of the models of all ranks; that of rank 0 counts. Returns the model.
+def distribute(model: nn.Module, kind: str) -> nn.Module:
+    """Copy rank 0's parameters and buffers to all ranks; for "fsdp" shard them. Returns the model.
 
-    Call it after the technique was added, and before `train`, which makes the optimiser.
-    Raises ValueError for another kind, if `start` was not called, and for a model on a device that
-    the ranks cannot talk from.
+    Call it after adding the technique, and before `train`, which creates the optimiser.
+    Raises ValueError for another kind, before `start`, and for a model on a device that the backend
+    does not support.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind={kind!r} is none of {', '.join(KINDS)}.")
-    if _patient is None:
-        raise ValueError("Call minipeft.training.distributed.start() first.")
+    require(kind in KINDS, f"kind={kind!r} is none of {', '.join(KINDS)}.")
+    require(_patient is not None, "Call minipeft.training.distributed.start() first.")
     place = next(model.parameters()).device.type
     if dist.get_backend() == "nccl" and place != "cuda":
         raise ValueError(
@@ -157,17 +158,18 @@ def distribute(model, kind):
     if kind == "fsdp":
         for block in blocks(model):
             fully_shard(block)
-        # Embeddings, last norm and head: what is in no block. Torch would leave them put together
-        # after a forward pass; divided again, `model.parameters()` are always the same tensors.
+        # The rest: embeddings, last norm and head. By default torch leaves the root unsharded after
+        # the forward pass; resharded, `model.parameters()` are always the same tensors.
         fully_shard(model, reshard_after_forward=True)
     return model
 
 
-def rows_of_rank(batch):
-    """(rows, share): the rows rank, rank + n, rank + 2n ... of a batch for n ranks, and 1.
+def rows_of_rank(batch: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], int]:
+    """(rows, weight): rows rank, rank + n, rank + 2n, ... of a batch, for n ranks, and 1.
 
-    A rank for which none is left takes the first row, since all ranks must run the same
-    collectives, and 0, by which its loss is to be multiplied.
+    A rank without rows gets the first row, because all ranks must run the same collectives, and
+    weight 0, by which its loss is multiplied.
+    Raises ValueError if the tensors differ in their number of rows.
     """
     if world_size() == 1:
         return batch, 1
@@ -181,65 +183,67 @@ def rows_of_rank(batch):
     return {name: tensor[:1] for name, tensor in batch.items()}, 0
 
 
-def all_reduce(tensor):
-    """The sum of a tensor over the ranks, the same on all of them."""
+def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum `tensor` over the ranks, in place. Returns it."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 @torch.no_grad()
-def sum_gradients(params):
-    """Sum the gradients over the ranks. Sharded ones were averaged by `fully_shard` already.
+def sum_gradients(params: Iterable[nn.Parameter]) -> None:
+    """Sum the gradients over the ranks. `fully_shard` has already averaged the sharded ones.
 
-    A parameter may have no gradient on one rank, as where a layer was dropped at random there; one
-    without on all ranks stays without. The ranks tell each other by gloo, so no GPU is waited for.
+    A parameter may lack a gradient on some ranks, for example under layer drop; one that has none
+    on any rank keeps none. Which ones is exchanged over gloo, so that the host waits for no GPU.
     """
     if world_size() == 1:
         return
+    unsharded = []
     for p in params:
-        if isinstance(p, DTensor) and p.grad is not None:
+        if not isinstance(p, DTensor):
+            unsharded.append(p)
+        elif p.grad is not None:
             p.grad.mul_(world_size())
-    params = [p for p in params if not isinstance(p, DTensor)]
-    there = torch.tensor([p.grad is not None for p in params], dtype=torch.uint8)
-    if params:
-        dist.all_reduce(there, dist.ReduceOp.MAX, group=_patient)
-    for p, anywhere in zip(params, there.tolist(), strict=True):
-        if anywhere:
+    has_grad = torch.tensor([p.grad is not None for p in unsharded], dtype=torch.uint8)
+    if unsharded:
+        dist.all_reduce(has_grad, dist.ReduceOp.MAX, group=_patient)
+    for p, on_some_rank in zip(unsharded, has_grad.tolist(), strict=True):
+        if on_some_rank:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             dist.all_reduce(p.grad)
 
 
-def gather(tensor):
-    """A tensor of which each rank has a part, put together on each; others as they are."""
+def gather(tensor: torch.Tensor) -> torch.Tensor:
+    """The full tensor of a sharded one, on every rank; another tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def shard(tensor, like):
-    """The inverse: divided as the tensor `like` is, on its device."""
+def shard(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The inverse of `gather`: sharded like the tensor `like`, and on its device."""
     tensor = tensor.to(like.device)
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.dtype), like.device_mesh, like.placements)
 
 
-def copy_of(tensors):
-    """The same tensors on the CPU, sharing no memory with the model."""
+def copy_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Full copies of the tensors on the CPU, sharing no memory with the model."""
     return {
         name: gather(t).detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()
     }
 
 
 @torch.no_grad()
-def put_back(tensors, targets):
+def put_back(tensors: dict[str, torch.Tensor], targets: Mapping[str, torch.Tensor]) -> None:
     """Copy each saved tensor into the parameter or buffer of the same name."""
     for name, tensor in tensors.items():
         targets[name].copy_(shard(tensor, targets[name]))
 
 
 @contextmanager
-def lost_rank_explained():
-    """In the block an error of a backend that says another rank died becomes a ConnectionError."""
+def lost_rank_explained() -> Iterator[None]:
+    """Raise ConnectionError in place of a backend's error that another rank was lost."""
     try:
         yield
     except RuntimeError as error:

@@ -1,12 +1,16 @@
-"""What a training run did, step by step."""
+"""The losses, learning rates and gradient norms of a training run, step by step."""
 
 import json
 import math
 from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from minipeft.refusals import shown
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes  # optional at run time
 
 
 @dataclass
@@ -14,31 +18,31 @@ class History:
     """Losses, learning rates and gradient norms of a run.
 
     The lists have one entry per optimiser step, the eval lists one per evaluation. Losses are means
-    over the targets: nats per target token of a language model, nats per row of a classifier, and
-    so on (the table in loss.py). `grad_norm` is taken before clipping and is inf where float16
+    over the targets: nats per target token for a language model, nats per row for a classifier, and
+    so on (the table in loss.py). `grad_norm` is the norm before clipping, and inf where float16
     gradients overflowed and the step was skipped; `lr` has no unit.
     """
 
-    train_loss: list = field(default_factory=list)
-    lr: list = field(default_factory=list)
-    grad_norm: list = field(default_factory=list)
-    eval_step: list = field(default_factory=list)
-    eval_loss: list = field(default_factory=list)
+    train_loss: list[float] = field(default_factory=list)
+    lr: list[float] = field(default_factory=list)
+    grad_norm: list[float] = field(default_factory=list)
+    eval_step: list[int] = field(default_factory=list)
+    eval_loss: list[float] = field(default_factory=list)
 
     @property
-    def best_step(self):
-        """The number of steps after which the evaluation loss was lowest, or None."""
+    def best_step(self) -> int | None:
+        """The step with the lowest evaluation loss, counted from 1; None without evaluations."""
         if not self.eval_loss:
             return None
         lowest = min(self.eval_loss, key=lambda loss: math.inf if math.isnan(loss) else loss)
         return self.eval_step[self.eval_loss.index(lowest)]
 
-    def to_json(self):
+    def to_json(self) -> str:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text):
-        """The History that `to_json` turned into this text. Raises ValueError for another text."""
+    def from_json(cls, text: str) -> "History":
+        """The inverse of `to_json`. Raises ValueError for any other text."""
         try:
             history = cls(**json.loads(text))
             columns = asdict(history).values()
@@ -50,8 +54,8 @@ class History:
             raise ValueError(f"{shown(text)} is no history in JSON: {error}.") from error
         return history
 
-    def plot(self, ax=None):
-        """Draw both losses over the steps. Returns the axes."""
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Plot training and evaluation loss over the steps. Returns the axes."""
         if ax is None:
             from matplotlib import pyplot
 
@@ -69,18 +73,19 @@ class History:
 class Results:
     """Losses and gradient norms that are still on the device.
 
-    Reading one makes the host wait until a GPU has finished everything that was queued. So they
-    are collected, and `read` moves them into the history together.
+    Reading one makes the host wait until the GPU has finished all queued work. So they are
+    collected, and `read` moves them into the history together.
     """
 
-    def __init__(self, history, call):
+    def __init__(self, history: History, call: dict[str, Any]) -> None:
         self.history, self.call = history, call
-        self.unread = []  # one tensor (3,) per step: loss, gradient norm, was the step skipped?
+        # One tensor (3,) per step: loss, gradient norm, was the step skipped?
+        self.unread: list[torch.Tensor] = []
 
-    def append(self, loss, norm, skipped):
+    def append(self, loss: torch.Tensor, norm: torch.Tensor, skipped: torch.Tensor) -> None:
         self.unread.append(torch.stack([loss, norm.to(loss), skipped.to(loss)]))
 
-    def read(self):
+    def read(self) -> None:
         """Raises FloatingPointError at the first step whose loss or gradients are not finite."""
         history, call = self.history, self.call
         for loss, norm, skipped in torch.stack(self.unread).tolist():

@@ -3,9 +3,13 @@
 import itertools
 import math
 import sys
+from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from minipeft.freezing import trainable_parameters
@@ -20,98 +24,94 @@ from minipeft.training.distributed import (
     rows_of_rank,
     sum_gradients,
 )
-from minipeft.training.history import Results
+from minipeft.training.history import History, Results
 from minipeft.training.loss import (
+    LossSum,
     count_targets,
     loss_sum,
     refuse_batch,
     refuse_no_targets,
     zero,
 )
-from minipeft.training.modes import training
+from minipeft.training.modes import in_mode, training
 from minipeft.training.optimizer import Stepper, adamw, learning_rate, parameter_groups
 from minipeft.training.random_states import unchanged_random_states
 from minipeft.training.resume import begin_or_resume
 
-READ_EVERY = 10  # steps between two reads of the loss, each of which makes the host wait for a GPU
+READ_EVERY = 10  # steps between reads of the loss; each makes the host wait for the GPU
 DEFAULT_LOSS = loss_sum
 
 
 @torch.no_grad()
-def evaluate(model, batches):
-    """Mean loss per target, in nats per token for a causal language model; other models take their
-    own loss (the table in loss.py). Not the mean of batch means: batches differ in length.
+def evaluate(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]]) -> float:
+    """Mean loss per target, in nats per token for a causal language model; other models use their
+    own loss (the table in loss.py). Every target weighs the same, in long and short batches.
 
-    Raises ValueError if there is no batch, for one without a target or that does not fit the
+    Raises ValueError if there is no batch, for a batch without targets or that does not fit the
     model, and for a model whose loss is not known.
     """
     refuse_no_model(model)
-    was_training = model.training
-    model.eval()
-    try:
+    with in_mode(model, False):
         loss, targets = zero(next(model.parameters()).device), 0
         for batch in checked(batches, model):
             rows, weight = rows_of_rank(batch)
             loss = loss + loss_sum(model, rows).to(loss.device) * weight
             targets += count_targets(batch, model)
-    finally:
-        model.train(was_training)
     require(targets, "There is no batch to evaluate on.")
     return all_reduce(loss).item() / targets
 
 
 def train(
-    model,
-    batches,
+    model: nn.Module,
+    batches: Iterable[dict[str, torch.Tensor]],
     *,
-    max_steps,
-    lr,
-    loss_sum=loss_sum,
-    warmup_steps=0,
-    weight_decay=0.0,
-    groups=None,
-    accumulation=1,
-    max_grad_norm=1.0,
-    precision="float32",
-    gradient_checkpointing=False,
-    eval_batches=None,
-    eval_every=None,
-    checkpoint_dir=None,
-    save_every=None,
-    resume=True,
-    seed=0,
-    progress=True,
-):
-    """Train what requires grad, in place, for `max_steps` optimiser steps. Returns a `History`.
+    max_steps: int,
+    lr: float,
+    loss_sum: LossSum = loss_sum,
+    warmup_steps: int = 0,
+    weight_decay: float = 0.0,
+    groups: Iterable[dict[str, Any]] | None = None,
+    accumulation: int = 1,
+    max_grad_norm: float | None = 1.0,
+    precision: str = "float32",
+    gradient_checkpointing: bool = False,
+    eval_batches: Iterable[dict[str, torch.Tensor]] | None = None,
+    eval_every: int | None = None,
+    checkpoint_dir: str | Path | None = None,
+    save_every: int | None = None,
+    resume: bool = True,
+    seed: int = 0,
+    progress: bool = True,
+) -> History:
+    """Train the trainable parameters in place for `max_steps` optimiser steps.
 
-    batches: an iterable that can be begun again (list, DataLoader, Batches) of dicts of int64
-    tensors (batch, seq): input_ids, attention_mask, labels (not shifted; -100 is no target). A
-    classifier and other models of transformers take the labels of their own loss (loss.py).
-    One step takes `accumulation` batches and divides the loss by the targets in all of them,
+    batches: an iterable that can be repeated (list, DataLoader, Batches) of dicts of int64 tensors
+    (batch, seq): input_ids, attention_mask, labels (not shifted; -100 is ignored). Classifiers and
+    other models of transformers take the labels of their own loss (loss.py).
+    One step accumulates `accumulation` batches and divides the loss by the number of their targets,
     so that it equals one step on one large batch. AdamW (Loshchilov and Hutter 2019, section 3),
     beta 0.9 and 0.999, eps 1e-8; `lr` rises linearly over `warmup_steps`, then falls to 0.
-    groups: parameter groups as torch.optim takes them, for rates or decays of their own; they
-    follow the same rise and fall. Default: `decay_groups`. History.lr is of the first group.
-    loss_sum: what is made small, a function (model, batch) that returns the loss summed over the
-    targets. Default: the cross-entropy, or the model's own loss where it is no causal language
-    model; evaluation takes that in any case.
-    max_grad_norm: gradients are scaled down to this norm at most; None clips nothing.
-    precision: of the forward pass, by autocast; float16 also scales the loss. Without instructions
-    for it, as on many CPUs, half precision is far slower than float32.
+    groups: parameter groups as torch.optim takes them, each with an optional lr and weight_decay;
+    all follow the same schedule. Default: `decay_groups`. History.lr is that of the first group.
+    loss_sum: the function (model, batch) to minimise, which returns the loss summed over the
+    targets. Default: cross-entropy for a causal language model, the model's own loss for others.
+    Evaluation always uses the default.
+    max_grad_norm: gradients are clipped to this norm; None for no clipping.
+    precision: "float32", or "bfloat16" or "float16" for an autocast forward pass; float16 also
+    scales the loss. On many CPUs, half precision is far slower than float32.
     gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
-    eval_batches: evaluated every `eval_every` steps and at the end. The model is left with the
-    weights of the lowest evaluation loss; without eval_batches with the last ones.
+    eval_batches: evaluated every `eval_every` steps and at the end. The model keeps the weights of
+    the lowest evaluation loss; without eval_batches, the last weights.
     checkpoint_dir: keeps the newest checkpoint, written every `save_every` steps (default: a tenth
-    of the run) and at the end. The same call, with the model built as before, goes on from it.
+    of the run) and at the end. The same call, with the model built as before, resumes from it.
     seed: for Python, NumPy and torch, set at the start.
 
-    Under torchrun the same call trains on all ranks (distributed.py): `batches` are the same on
-    each, which takes its rows; rank 0 writes the checkpoints.
+    Under torchrun the same call trains on all ranks (distributed.py). Pass the same `batches` on
+    each; every rank takes its own rows, and the main process writes the checkpoints.
 
-    Raises ValueError for input that cannot train or a damaged checkpoint, FloatingPointError when
-    loss or gradients are no longer finite, ConnectionError when another rank is lost. A GPU is
-    asked for the losses every 10 steps only; a loss that is not finite still changes no weight,
-    nor does any step after it.
+    Raises ValueError for invalid input or a damaged checkpoint, FloatingPointError if the loss or
+    gradients are not finite, ConnectionError if another rank is lost. The losses of a GPU are read
+    every 10 steps only; even so, neither a non-finite step nor a later one changes the weights.
     """
     call = dict(locals())
     groups = parameter_groups(model, groups, lr, weight_decay)
@@ -135,16 +135,16 @@ def train(
             for group, ours in zip(optimizer.param_groups, groups, strict=True):
                 group["lr"] = learning_rate(step, ours["lr"], warmup_steps, max_steps)
             history.lr.append(optimizer.param_groups[0]["lr"])
-            parts = list(itertools.islice(stream, accumulation))
-            targets = sum(count_targets(batch, model) for batch in parts)
+            micro_batches = list(itertools.islice(stream, accumulation))
+            targets = sum(count_targets(batch, model) for batch in micro_batches)
             loss = zero(device)
             with rank_seed(seed, step, device):
-                for batch in parts:
+                for batch in micro_batches:
                     rows, weight = rows_of_rank(batch)
                     with autocast():
-                        part = loss_sum(model, rows) * weight / targets
-                    stepper.backward(part)
-                    loss = loss + part.detach().to(device)
+                        micro_loss = loss_sum(model, rows) * weight / targets
+                    stepper.backward(micro_loss)
+                    loss = loss + micro_loss.detach().to(device)
             loss = all_reduce(loss)
             sum_gradients(params)
             norm, skipped = stepper.step(loss)
@@ -153,30 +153,29 @@ def train(
             if done in read_at:
                 results.read()
                 bar.set_postfix(loss=f"{history.train_loss[-1]:.3f}", refresh=False)
-            if done in eval_at:
+            if eval_batches is not None and done in eval_at:
                 with unchanged_random_states(), autocast():
                     history.eval_loss.append(evaluate(model, eval_batches))
                 history.eval_step.append(done)
                 run.keep_best(model, done)
-            if done in save_at:
+            if checkpoint_dir is not None and done in save_at:
                 run.save(checkpoint_dir, model, batches, stepper)
             bar.update()
         run.restore_best(model)
     return history
 
 
-def due(every, max_steps):
-    """The numbers of steps after which something is due: each multiple of `every`, and the last."""
+def due(every: int, max_steps: int) -> set[int]:
+    """The steps, counted from 1, that are a multiple of `every`, and the last one."""
     return {*range(every, max_steps, every), max_steps}
 
 
-def bar_of(max_steps, history, progress):
-    """The progress bar, drawn by the main process only."""
-    shown = progress and is_main_process()
+def bar_of(max_steps: int, history: History, progress: bool) -> tqdm:
+    """The progress bar, shown by the main process only."""
     return tqdm(
         total=max_steps,
         initial=len(history.train_loss),
         file=sys.stdout,
-        disable=not shown,
+        disable=not (progress and is_main_process()),
         unit="step",
     )

@@ -1,8 +1,8 @@
-"""The loss of a batch, summed over its targets, and the number of its targets, by kind of model.
+"""The loss of a batch, summed over its targets, and the number of targets, by kind of model.
 
 A causal language model predicts the label at t + 1 from position t; its loss is computed here, in
-float32. Other models of transformers have a loss of their own, a mean. Times the number of targets
-it is a sum again, so that unequal batches and ranks add up to one large batch.
+float32. Other models of transformers compute their own loss, a mean. It is multiplied by the number
+of targets, so that unequal batches and ranks add up to one large batch.
 
 kind of model                targets                        unit of the mean
 causal language model        labels after the first         nats per token
@@ -13,22 +13,26 @@ sequence classification      rows                           nats per row
   regression                 every number of every row      squared error per number
 question answering           rows                           nats per row, mean of start and end
 
-A label of -100 is no target, but in regression and with several labels a row, where all count.
+A label of -100 is ignored, except in regression and with several labels a row, where all count.
 """
 
 import functools
 import inspect
 import re
+from collections.abc import Callable
 
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from transformers.utils import TransformersKwargs
 
 from minipeft.targets import logits_at_targets, refuse_beyond, send
 
+LossSum = Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor]  # (model, batch) -> scalar
+
 CAUSAL = "causal language model"
-KINDS = {  # {kind: what the name of its class holds}
+KINDS = {  # {kind: pattern in the names of its classes}
     "sequence classification": "ForSequenceClassification",
     "token classification": "ForTokenClassification",
     "question answering": "ForQuestionAnswering",
@@ -39,14 +43,14 @@ KINDS = {  # {kind: what the name of its class holds}
 POSITIONS = ("start_positions", "end_positions")
 
 
-def kind_of(model):
-    """A key of KINDS, or None for a model of transformers that is of no such kind."""
-    model = _bare(model)
-    kind = _kind_by_name(type(model))
-    if kind == "sequence to sequence" and not model.config.is_encoder_decoder:
-        return CAUSAL  # a decoder that takes images too
-    if kind is None and not isinstance(model, PreTrainedModel):
-        return CAUSAL  # a module of one's own
+def kind_of(model: nn.Module) -> str | None:
+    """A key of KINDS, or None for a model of transformers of any other kind."""
+    bare = _bare(model)
+    kind = _kind_by_name(bare.__class__)
+    if kind == "sequence to sequence" and not bare.config.is_encoder_decoder:
+        return CAUSAL  # a decoder that also takes images
+    if kind is None and not isinstance(bare, PreTrainedModel):
+        return CAUSAL  # a custom module
     return kind
 
 
@@ -57,14 +61,14 @@ def _kind_by_name(model_class):
 
 
 def _bare(model):
-    """The model of transformers inside of HF peft's wrapper."""
+    """The model of transformers inside HF peft's wrapper, if there is one."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def count_targets(batch, model=None):
-    """How many targets a batch has for `model`; without one, for a causal language model.
+def count_targets(batch: dict[str, torch.Tensor], model: nn.Module | None = None) -> int:
+    """The number of targets of a batch for `model`, by default a causal language model.
 
-    Its label 0 of a row never is a target: nothing precedes it.
+    There the first label of a row is never a target, since no position precedes it.
     """
     kind = CAUSAL if model is None else kind_of(model)
     if kind == "question answering":
@@ -75,29 +79,29 @@ def count_targets(batch, model=None):
     return int(((labels[:, 1:] if kind == CAUSAL else labels) != -100).sum())
 
 
-def loss_sum(model, batch):
-    """The loss summed over the targets of a batch, in the unit of the table above."""
+def loss_sum(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The loss summed over the targets of a batch, a scalar in the unit of the table above."""
     if kind_of(model) == CAUSAL:
         _, logits, targets = logits_at_targets(model, batch)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return cross_entropy(logits, targets, reduction="sum")
-    targets, device = count_targets(batch, model), next(model.parameters()).device
-    more = {"use_cache": False} if "use_cache" in _parameters(type(_bare(model))) else {}
-    output = model(**{name: send(tensor, device) for name, tensor in batch.items()}, **more)
-    if not targets:  # other ranks have them; this one adds nothing
+    count, device = count_targets(batch, model), next(model.parameters()).device
+    options = {"use_cache": False} if "use_cache" in _parameters(_bare(model).__class__) else {}
+    output = model(**{name: send(tensor, device) for name, tensor in batch.items()}, **options)
+    if not count:  # other ranks have some; this one adds nothing
         return output.logits.sum() * 0.0
-    return output.loss.to(torch.promote_types(output.loss.dtype, torch.float32)) * targets
+    return output.loss.to(torch.promote_types(output.loss.dtype, torch.float32)) * count
 
 
-def zero(device):
-    """A sum to start from, on the device, in the widest type that the device has."""
-    wide = torch.float32 if device.type == "mps" else torch.float64
-    return torch.zeros((), dtype=wide, device=device)
+def zero(device: torch.device) -> torch.Tensor:
+    """A scalar 0 to add to, in the widest floating-point type of the device."""
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    return torch.zeros((), dtype=dtype, device=device)
 
 
 @functools.cache
 def _parameters(model_class):
-    """The names that the forward of a class takes; empty if it does not name them."""
+    """The parameter names of a class's forward; empty if `input_ids` is not among them."""
     parameters = inspect.signature(model_class.forward).parameters
     if "input_ids" not in parameters:
         return frozenset()
@@ -105,7 +109,7 @@ def _parameters(model_class):
     return frozenset(parameters) | (set(TransformersKwargs.__annotations__) if kwargs else set())
 
 
-def refuse_kind(model):
+def refuse_kind(model: nn.Module) -> None:
     """Raise ValueError for a model whose loss is not known."""
     if kind_of(model) is None:
         raise ValueError(
@@ -114,14 +118,14 @@ def refuse_kind(model):
         )
 
 
-def refuse_batch(batch, number, model):
+def refuse_batch(batch: dict[str, torch.Tensor], number: int, model: nn.Module) -> None:
     """Raise ValueError unless `loss_sum` can take batch `number` of a run with this model."""
     refuse_kind(model)
     refuse_no_targets(batch, number, model)
-    kind, name = kind_of(model), type(model).__name__
-    taken = _parameters(type(_bare(model)))
-    foreign = sorted(batch.keys() - taken)
-    if foreign and taken:
+    kind, name, bare = kind_of(model), type(model).__name__, _bare(model)
+    accepted = _parameters(bare.__class__)
+    foreign = sorted(batch.keys() - accepted)
+    if foreign and accepted:
         raise ValueError(
             f"Batch {number} has {foreign[0]}, which {name} does not take and would ignore. "
             "Leave it out of the batches."
@@ -137,11 +141,11 @@ def refuse_batch(batch, number, model):
     elif kind == "sequence classification":
         _refuse_row_labels(batch["labels"], number, model)
     elif kind == "token classification":
-        refuse_beyond(batch["labels"], model.config.num_labels)
+        refuse_beyond(batch["labels"], bare.config.num_labels)
 
 
-def refuse_no_targets(batch, number, model):
-    """Raise ValueError for a batch that has nothing to learn from, or labels of another shape."""
+def refuse_no_targets(batch: dict[str, torch.Tensor], number: int, model: nn.Module) -> None:
+    """Raise ValueError for a batch without targets, or with labels of another shape or type."""
     kind = kind_of(model)
     for key in POSITIONS if kind == "question answering" else ("labels",):
         if key not in batch:
@@ -162,9 +166,9 @@ def refuse_no_targets(batch, number, model):
 
 
 def _refuse_row_labels(labels, number, model):
-    """Labels of a classifier of rows must be what its loss will take them for."""
+    """Raise ValueError unless the labels fit the loss that transformers will choose."""
     count, problem = model.config.num_labels, model.config.problem_type
-    if problem is None:  # as transformers decides
+    if problem is None:  # the rule of transformers
         several = "multi_label" if labels.is_floating_point() else "single_label"
         problem = "regression" if count == 1 else f"{several}_classification"
     if problem == "single_label_classification":

@@ -1,6 +1,8 @@
-"""AdamW, its parameter groups, its learning rate, and a step that bad gradients cannot take."""
+"""AdamW, its parameter groups and schedule, and steps that skip non-finite gradients."""
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,16 +12,16 @@ from minipeft.freezing import trainable_parameters
 from minipeft.training.distributed import gather
 
 
-def decay_groups(model, weight_decay):
-    """Two AdamW groups, told apart by the type of module (claim 28), not by name.
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two AdamW groups, with and without weight decay, by type of module, not by name (claim 28).
 
-    Decay pulls towards zero. It goes to the weight matrices of nn.Linear and Conv1D. It does not
-    go to biases, to norms of any kind, to embeddings (nor to a head tied to them), nor to
-    parameters that a technique registers by itself, such as LoRA's A and B or soft prompts.
+    Only the weight matrices of nn.Linear and Conv1D decay. Biases, norms, embeddings (and a head
+    tied to them) do not, nor do parameters that a technique registers on a module of its own, such
+    as LoRA's A and B or soft prompts.
     """
     matrices, tables = set(), set()
     for module in model.modules():
-        # Not `module.weight`: in a 4-bit layer that is no parameter, but made anew at each look.
+        # Not `module.weight`: a 4-bit layer has no such parameter, and dequantises at each access.
         weight = {module._parameters.get("weight")} - {None}
         if isinstance(module, (nn.Linear, Conv1D)):
             matrices |= weight
@@ -34,27 +36,29 @@ def decay_groups(model, weight_decay):
     ]
 
 
-def parameter_groups(model, groups, lr, weight_decay):
-    """The groups of a run, each with its peak rate and its decay. None: those of `decay_groups`."""
+def parameter_groups(
+    model: nn.Module, groups: Iterable[dict[str, Any]] | None, lr: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """`groups`, or `decay_groups` for None, each with a peak learning rate and a weight decay."""
     groups = decay_groups(model, weight_decay) if groups is None else groups
     defaults = {"lr": lr, "weight_decay": weight_decay}
     return [defaults | group | {"params": list(group["params"])} for group in groups]
 
 
-def learning_rate(step, lr, warmup_steps, max_steps):
-    """Rate of step 0, 1, ...: linear up from 0 over the warm-up, then linear down to 0."""
+def learning_rate(step: int, lr: float, warmup_steps: int, max_steps: int) -> float:
+    """The rate of step 0, 1, ...: rises linearly from 0 to `lr` in the warm-up, then falls to 0."""
     if step < warmup_steps:
         return lr * step / warmup_steps
     return lr * (max_steps - step) / max(1, max_steps - warmup_steps)
 
 
-def adamw(groups, lr):
-    """AdamW, by torch's one fused kernel for all parameters where there is one.
+def adamw(groups: list[dict[str, Any]], lr: float) -> torch.optim.AdamW:
+    """AdamW, with torch's fused kernel where the device has one.
 
-    The fused kernel leaves everything as it is when the tensor `found_inf` says so, which a GPU
-    can find out by itself.
+    The fused kernel skips the step if its tensor `found_inf` is 1, so the host need not know.
     """
-    if all(p.is_contiguous() for group in groups for p in group["params"]):  # else it misreads
+    # The kernel computes wrong results on parameters that are not contiguous.
+    if all(p.is_contiguous() for group in groups for p in group["params"]):
         try:
             return torch.optim.AdamW([dict(group) for group in groups], lr=lr, fused=True)
         except RuntimeError:  # a device without that kernel
@@ -63,24 +67,32 @@ def adamw(groups, lr):
 
 
 class Stepper:
-    """Clips the gradients and takes the step, unless loss or gradients are not finite.
+    """Clips the gradients and takes the optimiser step, unless loss or gradients are not finite.
 
-    The device decides, so that the host need not wait for it: from the first bad step on every step
-    is left out. A step whose float16 gradients overflowed is only skipped, and the scale halved.
+    This is decided on the device, so that the host does not wait for it. From the first non-finite
+    step on, all steps are skipped. If float16 gradients overflow, only that step is, and the loss
+    scale is halved.
     """
 
-    def __init__(self, optimizer, params, device, scale, max_grad_norm):
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        params: list[nn.Parameter],
+        device: torch.device,
+        scale: bool,
+        max_grad_norm: float | None,
+    ) -> None:
         self.optimizer, self.params = optimizer, params
         self.scaler = torch.amp.GradScaler(device.type, enabled=scale)
         self.limit = math.inf if max_grad_norm is None else max_grad_norm
         self.one = torch.ones((), device=device)
         self.halted = torch.zeros((), dtype=torch.bool, device=device)
 
-    def backward(self, loss):
+    def backward(self, loss: torch.Tensor) -> None:
         self.scaler.scale(loss).backward()
 
-    def step(self, loss):
-        """(gradient norm before clipping, was the step skipped?), two tensors on the device."""
+    def step(self, loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(gradient norm before clipping, was the step skipped?), two scalars on the device."""
         scaler, optimizer = self.scaler, self.optimizer
         scaler.unscale_(optimizer)
         norm = gather(nn.utils.clip_grad_norm_(self.params, self.limit)).to(self.one.device)
@@ -88,7 +100,7 @@ class Stepper:
         skipped = overflowed & (scaler.scale(self.one) > 1)
         self.halted = self.halted | ~loss.isfinite() | (overflowed & ~skipped)
         if optimizer.defaults["fused"]:
-            optimizer.found_inf = (self.halted | skipped).float()
+            optimizer.found_inf = (self.halted | skipped).float()  # type: ignore[attr-defined]
             optimizer.step()
         elif not (self.halted | skipped):
             optimizer.step()

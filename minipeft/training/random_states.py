@@ -1,15 +1,17 @@
-"""The random states that a training run draws from, as JSON keeps them."""
+"""Save and restore the states of the random number generators that training draws from."""
 
 import random
+from collections.abc import Iterator
 from contextlib import contextmanager
 from operator import attrgetter
+from typing import Any
 
 import numpy
 import torch
 
 
 def _generators(batches):
-    """Generators of its own that a DataLoader or its sampler draws the order from."""
+    """The generators that a DataLoader or its samplers own: pairs (attribute path, generator)."""
     for path in ("generator", "sampler.generator", "batch_sampler.sampler.generator"):
         try:
             generator = attrgetter(path)(batches)
@@ -19,11 +21,13 @@ def _generators(batches):
             yield path, generator
 
 
-def random_states(batches=None):
-    """Every random state that training may draw from, in a form that JSON keeps exactly."""
-    kind, keys, *rest = numpy.random.get_state()
+def random_states(batches: object = None) -> dict[str, Any]:
+    """The states of all generators that training may draw from, also of those that `batches` owns.
+
+    JSON keeps them exactly.
+    """
     tensors = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_initialized():  # otherwise nothing is drawn there, and it need not wake up
+    if torch.cuda.is_initialized():  # otherwise nothing was drawn there; do not initialise it
         for i, state in enumerate(torch.cuda.get_rng_state_all()):
             tensors[f"cuda:{i}"] = state
     if torch.backends.mps.is_available():
@@ -31,13 +35,13 @@ def random_states(batches=None):
     tensors |= {path: generator.get_state() for path, generator in _generators(batches)}
     return {
         "python": random.getstate(),
-        "numpy": [kind, keys.tolist(), *rest],
+        "numpy": [x.tolist() if hasattr(x, "tolist") else x for x in numpy.random.get_state()],
         "tensors": {name: state.numpy().tobytes().hex() for name, state in tensors.items()},
     }
 
 
-def set_random_states(states, batches=None):
-    """Put back what `random_states` returned; states of devices that are not here are left out."""
+def set_random_states(states: dict[str, Any], batches: object = None) -> None:
+    """Restore what `random_states` returned. States of devices that do not exist are ignored."""
     version, keys, gauss = states["python"]
     random.setstate((version, tuple(keys), gauss))
     numpy.random.set_state(tuple(states["numpy"]))
@@ -58,8 +62,8 @@ def set_random_states(states, batches=None):
 
 
 @contextmanager
-def unchanged_random_states():
-    """What the block draws leaves no trace: afterwards all states are what they were."""
+def unchanged_random_states() -> Iterator[None]:
+    """Restore all random states after the block."""
     before = random_states()
     yield
     set_random_states(before)

@@ -1,11 +1,15 @@
-"""Begin a run, or go on from its newest checkpoint as if it had never stopped."""
+"""Start a run, or resume it from its newest checkpoint exactly where it stopped."""
 
 import random
 import zlib
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
+from torch import nn
 
 from minipeft.freezing import trainable_parameters
 from minipeft.training.checkpoint import (
@@ -20,6 +24,7 @@ from minipeft.training.checkpoint import (
 )
 from minipeft.training.distributed import barrier, copy_of, gather, is_main_process, put_back
 from minipeft.training.history import History
+from minipeft.training.optimizer import Stepper
 from minipeft.training.random_states import random_states, set_random_states
 
 SETTINGS = (  # arguments of `train` that must be the same when a run is resumed
@@ -30,25 +35,30 @@ SETTINGS = (  # arguments of `train` that must be the same when a run is resumed
 
 @dataclass
 class Progress:
-    """How far a run has come."""
+    """The state of a run beside its model and optimiser.
 
-    settings: dict
+    place: {"epoch": ..., "index": ...} of the next batch. states: the random states to resume with.
+    best: {name: tensor} of the lowest evaluation loss, on the CPU.
+    """
+
+    settings: dict[str, Any]
     history: History = field(default_factory=History)
-    place: dict = field(default_factory=lambda: {"epoch": 0, "index": 0})  # of the next batch
-    states: dict = None  # random states to go on with
-    best: dict = None  # {name: tensor} with the lowest evaluation loss, on the CPU
+    place: dict[str, Any] = field(default_factory=lambda: {"epoch": 0, "index": 0})
+    states: dict[str, Any] | None = None
+    best: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def keep_best(self, model, done):
-        """After an evaluation: copy the trainable parameters if they are the best so far."""
+    def keep_best(self, model: nn.Module, done: int) -> None:
+        """After the evaluation at step `done`: copy the trainable parameters if it is the best."""
         if self.history.best_step == done:
             self.best = copy_of(trainable_parameters(model))
 
-    def restore_best(self, model):
+    def restore_best(self, model: nn.Module) -> None:
+        """At the end: load the parameters of the best evaluation, unless it was the last step's."""
         if self.history.best_step not in (None, len(self.history.train_loss)):
             put_back(self.best, trainable_parameters(model))
 
-    def save(self, root, model, batches, stepper):
-        """Write a checkpoint of this step, in place of the older one."""
+    def save(self, root: str | Path, model: nn.Module, batches: object, stepper: Stepper) -> None:
+        """Write a checkpoint of this step in place of the previous one."""
         done = len(self.history.train_loss)
         state = {
             "settings": self.settings,
@@ -61,11 +71,18 @@ class Progress:
         save_checkpoint(root, done, model, stepper.optimizer, state, best)
 
 
-def begin_or_resume(call, groups, model, batches, stepper, save_at):
-    """The Progress of a run: of its newest checkpoint, or of a new run with its seed set.
+def begin_or_resume(
+    call: dict[str, Any],
+    groups: list[dict[str, Any]],
+    model: nn.Module,
+    batches: object,
+    stepper: Stepper,
+    save_at: Collection[int],
+) -> Progress:
+    """Load the newest checkpoint, or set the seed for a new run. Returns its Progress.
 
-    call: the arguments of `train` by name. save_at: the numbers of steps that get a checkpoint.
-    Raises ValueError for a checkpoint of another call, or a damaged one.
+    call: the arguments of `train` by name. save_at: the steps after which checkpoints are written.
+    Raises ValueError if the checkpoint is damaged or comes from another call.
     """
     settings, folder = {}, None
     if call["checkpoint_dir"] is not None:
@@ -85,9 +102,10 @@ def begin_or_resume(call, groups, model, batches, stepper, save_at):
     return Progress(settings)
 
 
-def fingerprint(model):
-    """A number that changes with the names, shapes and roles of parameters, or the frozen base."""
-    tensors = dict(model.named_parameters())
+def fingerprint(model: nn.Module) -> int:
+    """A checksum of the names, shapes, dtypes and requires_grad of the parameters, and of the first
+    numbers of each frozen one."""
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
     tensors |= {name: b for name, b in model.named_buffers() if id(b) in codes_of(model)}
     crc = 0
     for name, p in tensors.items():
@@ -99,7 +117,7 @@ def fingerprint(model):
 
 
 def _newest(root, resume, settings, save_at):
-    """The checkpoint to go on from, or None. Refuses one that another call made."""
+    """The checkpoint to resume from, or None. Raises ValueError for one of another call."""
     if not resume:
         barrier()
         if is_main_process():
@@ -121,7 +139,7 @@ def _newest(root, resume, settings, save_at):
 
 
 def _resumed(folder, settings, model, batches, stepper):
-    """Go back to a checkpoint. Raises ValueError, with the model as it was, for a damaged one."""
+    """Load a checkpoint. Raises ValueError for a damaged one; the model is then unchanged."""
     state = read_state(folder)
     try:
         history, place, states = History(**state["history"]), state["place"], state["random"]
@@ -130,8 +148,8 @@ def _resumed(folder, settings, model, batches, stepper):
         if lengths != [steps] * 3 + [evaluations] * 2 or place["epoch"] < 0 or place["index"] < 0:
             raise ValueError(f"its lists have {lengths} entries after {steps} steps")
         stepper.scaler.load_state_dict(state["scaler"])
-        for drawn in (place["epoch_start"], states):
-            set_random_states(drawn, batches)
+        for random_state in (place["epoch_start"], states):
+            set_random_states(random_state, batches)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
         raise damaged(folder, f"state.json does not hold what it should ({e})") from e
     apart = history.best_step not in (None, steps)

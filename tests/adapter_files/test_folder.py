@@ -255,8 +255,8 @@ def test_a_full_disk_leaves_the_old_adapter(tmp_path, monkeypatch):
 
 
 def test_what_a_technique_writes_is_read():
-    for peft_type, _, prefix in WRITERS.values():
-        assert READERS[peft_type][-1] == prefix
+    for peft_type, _ in WRITERS.values():
+        assert peft_type in READERS
 
 
 # ---- load only reads, and a reader finds a pair that belongs together ---------------------------

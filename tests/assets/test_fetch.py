@@ -391,3 +391,24 @@ def test_the_cached_data_are_those_of_the_data_card():
     }
     assert [len(part) for part in datasets.load_dialogues("english").values()] == [992, 121, 115]
     assert [len(part) for part in datasets.load_dialogues("chinese").values()] == [450, 49, 51]
+
+
+def test_grades_are_five_equal_parts_of_the_films_in_the_splits_of_the_reviews():
+    grades = datasets.load_grades()
+    sizes = {name: len(rows) for name, rows in grades.items()}
+    assert sizes == {"train": 9103, "validation": 500, "test": 1000}
+    rows = [row for part in grades.values() for row in part]
+    assert len({row["text"].casefold() for row in rows}) == len(rows)
+    counts = [0] * 5
+    ends = [[4.0, -4.0] for _ in range(5)]  # lowest and highest rating of each grade
+    for row in rows:
+        counts[row["label"]] += 1
+        low, high = ends[row["label"]]
+        ends[row["label"]] = [min(low, row["rating"]), max(high, row["rating"])]
+        assert row["answer"] == datasets.GRADES[row["label"]]
+    assert all(abs(count / len(rows) - 0.2) < 0.01 for count in counts)  # ties stay together
+    assert all(a[1] < b[0] for a, b in zip(ends, ends[1:], strict=False))
+    reviews = {name: set(part["text"]) for name, part in datasets.load_reviews("movies", 0).items()}
+    for name in ("validation", "test"):  # and the snippets rated exactly 0, which these leave out
+        own = [row["text"] for row in grades[name] if row["rating"] != 0]
+        assert set(own) <= reviews[name] and len(own) > 0.98 * len(grades[name])

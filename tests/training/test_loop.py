@@ -127,6 +127,15 @@ def test_evaluate_weighs_tokens_and_restores_the_mode():
     assert model.training
 
 
+def test_each_module_keeps_its_own_mode():
+    model = build()
+    model.model.layers[0].train()
+    modes = [module.training for module in model.modules()]
+    for call in (lambda: evaluate(model, BATCHES), lambda: run(model, eval_batches=BATCHES)):
+        call()
+        assert [module.training for module in model.modules()] == modes
+
+
 def test_schedule_is_that_of_transformers():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.3)
     schedule = get_linear_schedule_with_warmup(optimizer, 4, 11)

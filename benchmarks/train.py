@@ -1,0 +1,253 @@
+"""`train` against HF peft with `Trainer`, and against TRL's `SFTTrainer`, on the same rows.
+
+    python benchmarks/train.py [--steps 8] [--batch 4] [--rounds 5] [--precision bfloat16]
+
+Whole training runs take turns in one process, in an order that changes every round, so that a busy
+machine is busy for all of them. What counts is the ratio within a round. LoRA r=8 on the query and
+value projections, AdamW, a rate that falls to 0; no evaluation, no checkpoint, no log. Rows come in
+the same order, in two shapes: only the last 16 of 128 tokens are targets, or all of them. What a
+run does before its first step counts too. A GPU is soon through with 8 steps: take --steps 200.
+
+  minipeft   add_lora and train, which makes logits at the targets only
+  Trainer    HF peft's LoRA and the Trainer of transformers
+  TRL        the same LoRA and TRL's SFTTrainer, which makes logits in tiles, on CUDA at the targets
+             only, and does not keep them; left out where trl is not installed
+
+Each run begins with a fresh copy of the model, and with the same numbers in A. So all of them must
+find the same losses: that of the first step, to 1e-3 in float32, and the mean of the whole run, to
+1e-2. Peak memory is that of a run of one step, counted as in step.py.
+"""
+
+import argparse
+import copy
+import importlib.util
+import logging
+import os
+import random
+import tempfile
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from datasets import Dataset
+from tqdm import tqdm
+
+from minipeft import Batches, Collator, add_lora, load_base, pick_device, train
+from step import interval, median, peak_bytes
+from this_machine import append_rows, seconds, this_machine
+
+RESULTS = Path(__file__).resolve().parent / "results"
+LR = 1e-4
+GOALS = {"Trainer": 1.25, "TRL": 1.6}  # times their tokens per second, where 16 are targets
+GOAL_OF_MEMORY = 0.8  # of their peak
+COLUMNS = """base precision batch seq targets steps seed round contender seconds tokens_per_second
+peak_bytes first_loss mean_loss""".split()
+
+
+def rows_of(count, seq, targets, vocab):
+    """Rows of random tokens of which the last `targets` have a label."""
+    ids = torch.randint(100, vocab, (count, seq)).tolist()
+    ignored = [-100] * (seq - targets)
+    return [
+        {"input_ids": row, "attention_mask": [1] * seq, "labels": ignored + row[seq - targets :]}
+        for row in ids
+    ]
+
+
+def same_start(model, seed):
+    """Draw every A of LoRA from `seed`. B is zero in both libraries."""
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def of_minipeft(model, tokenizer, rows, steps, options, folder):
+    """A function that trains with minipeft and returns the mean loss of the steps."""
+    model = same_start(add_lora(model, r=8, alpha=16), options.seed)
+    collate = Collator(tokenizer.pad_token_id)
+    batches = Batches(rows, collate, options.batch, shuffle=False)
+    settings = {"lr": LR, "precision": options.precision, "seed": options.seed, "progress": False}
+
+    def work():
+        losses = train(model, batches, max_steps=steps, **settings).train_loss
+        return sum(losses) / len(losses)
+
+    return work
+
+
+def settings_of_theirs(steps, options, folder):
+    """The arguments of `train`, in the words of transformers; what costs time for nothing is off.
+
+    TRL would recompute activations, and compute in bfloat16, unless it is told not to.
+    """
+    return {
+        "output_dir": folder,
+        "max_steps": steps,
+        "per_device_train_batch_size": options.batch,
+        "learning_rate": LR,
+        "lr_scheduler_type": "linear",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "optim": "adamw_torch_fused",
+        "train_sampling_strategy": "sequential",
+        "gradient_checkpointing": False,
+        "bf16": options.precision == "bfloat16",
+        "use_cpu": pick_device().type == "cpu",
+        "seed": options.seed,
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def lora_of_peft(model, seed):
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
+    model.config.use_cache = False
+    return same_start(peft.get_peft_model(model, config), seed)
+
+
+def run_of(trainer):
+    """A function that trains with a trainer of theirs and returns the mean loss of the steps."""
+    trainer.remove_callback(transformers.PrinterCallback)
+    return lambda: trainer.train().training_loss
+
+
+def of_trainer(model, tokenizer, rows, steps, options, folder):
+    settings = settings_of_theirs(steps, options, folder)
+    return run_of(
+        transformers.Trainer(
+            lora_of_peft(model, options.seed),
+            transformers.TrainingArguments(**settings),
+            data_collator=transformers.default_data_collator,
+            train_dataset=Dataset.from_list(rows),
+        )
+    )
+
+
+def of_trl(model, tokenizer, rows, steps, options, folder):
+    from trl import SFTConfig, SFTTrainer
+
+    settings = settings_of_theirs(steps, options, folder)
+    ready = {"skip_prepare_dataset": True}  # the rows have ids and labels
+    return run_of(
+        SFTTrainer(
+            lora_of_peft(model, options.seed),
+            SFTConfig(**settings, max_length=None, dataset_kwargs=ready),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+        )
+    )
+
+
+def contenders():
+    """{name: its function}. TRL is among them where it is installed."""
+    found = {"minipeft": of_minipeft, "Trainer": of_trainer, "TRL": of_trl}
+    if importlib.util.find_spec("trl") is None:
+        print("trl is not installed, so SFTTrainer is left out.")
+        del found["TRL"]
+    return found
+
+
+def refuse_unequal(losses, most, what, precision):
+    """Print the losses of the contenders, and raise AssertionError if they differ by `most`."""
+    print(f"{what}: " + ", ".join(f"{name} {loss:.5f}" for name, loss in losses.items()))
+    gap = max(losses.values()) - min(losses.values())
+    assert precision != "float32" or gap < most, f"{what}: the losses differ by {gap}."
+
+
+def measure_shape(makers, base, tokenizer, targets, options, device, rng):
+    """Measure all contenders on one shape of data. Returns ({name: peak}, rounds, losses)."""
+    torch.manual_seed(options.seed)
+    count = options.steps * options.batch
+    rows = rows_of(count, options.seq, targets, base.config.vocab_size)
+    result, peaks, first = {}, {}, {}
+
+    with tempfile.TemporaryDirectory() as folder:
+
+        def ready(name, steps):
+            """A function that trains a fresh copy and stores the mean loss of its steps."""
+            work = makers[name](copy.deepcopy(base), tokenizer, rows, steps, options, folder)
+            return lambda: result.update({name: work()})
+
+        for name in makers:
+            ready(name, 1)()  # warm up
+            peaks[name] = peak_bytes(ready(name, 1), device)
+            first[name] = result[name]
+        refuse_unequal(first, 1e-3, "loss of the first step", options.precision)
+        rounds = []
+        for _ in tqdm(range(options.rounds), unit="round", desc=f"{targets} of {options.seq}"):
+            order = list(makers)
+            rng.shuffle(order)
+            rounds.append({name: seconds(ready(name, options.steps), device) for name in order})
+    refuse_unequal(result, 1e-2, "mean loss of the run", options.precision)
+    return peaks, rounds, {name: (first[name], result[name]) for name in makers}
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Ratios of whole training runs.")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=4, help="rows")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seq", type=int, default=128, help="tokens in a row")
+    parser.add_argument("--targets", type=int, default=16, help="in the first of the two shapes")
+    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--base", default="smollm2", help="for load_base")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    device, rng, makers = pick_device(), random.Random(options.seed), contenders()
+    trl = version("trl") if "TRL" in makers else ""
+    machine = this_machine() | {"peft": peft.__version__, "trl": trl}
+    print(", ".join(f"{name} {value}" for name, value in machine.items() if value))
+    base, tokenizer = load_base(options.base, device=device)
+    tokens, table, stored = options.steps * options.batch * options.seq, [], []
+    for targets in (options.targets, options.seq):
+        peaks, rounds, losses = measure_shape(
+            makers, base, tokenizer, targets, options, device, rng
+        )
+        for other in [name for name in makers if name != "minipeft"]:
+            ratios = [row[other] / row["minipeft"] for row in rounds]
+            low, high = interval(ratios, rng)
+            speed = [median([tokens / row[name] for row in rounds]) for name in ("minipeft", other)]
+            memory = peaks["minipeft"] / peaks[other]
+            table.append(
+                f"| {targets} of {options.seq} | {other} | {median(ratios):.2f} ({low:.2f} to "
+                f"{high:.2f}) | {speed[0]:,.0f} and {speed[1]:,.0f} | {memory:.3f} | "
+                f"{peaks['minipeft'] / 2**20:,.1f} and {peaks[other] / 2**20:,.1f} |"
+            )
+            if targets == options.targets < options.seq:
+                fast = "met" if median(ratios) >= GOALS[other] else "missed"
+                small = "met" if memory <= GOAL_OF_MEMORY else "missed"
+                print(f"goals against {other}: {GOALS[other]} times the tokens per second {fast}, "
+                      f"{GOAL_OF_MEMORY} of the peak {small}")  # fmt: skip
+        setting = {"targets": targets} | {
+            name: getattr(options, name)
+            for name in ("base", "precision", "batch", "seq", "steps", "seed")
+        }
+        stored += [
+            machine | setting | {
+                "round": i, "contender": name, "seconds": f"{value:.4f}",
+                "tokens_per_second": f"{tokens / value:.1f}", "peak_bytes": peaks[name],
+                "first_loss": f"{losses[name][0]:.6f}", "mean_loss": f"{losses[name][1]:.6f}",
+            }
+            for i, row in enumerate(rounds)
+            for name, value in row.items()
+        ]  # fmt: skip
+    print("\n| targets | against | times its speed | tokens per second | of its peak | MiB |")
+    print("|---|---|---|---|---|---|", *table, sep="\n")
+    path = RESULTS / f"train-{device.type}.csv"
+    append_rows(path, [*machine, *COLUMNS], stored)
+    print(f"\nraw rounds: {path.relative_to(RESULTS.parents[1])}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Read the stored training runs, and say what they show: intervals over seeds and test rows.
+
+A score from a few seeds and a few hundred test rows varies for two reasons: another seed would
+train another model, and other rows would be other questions. An interval over the rows alone takes
+the seeds for the truth, one over the seeds alone wastes the rows. `compare` counts both.
+"""
+
+import csv
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from minipeft.refusals import require, shown
+
+
+def runs_of(path: str | Path, task: str, device: str | None = None) -> list[dict]:
+    """The runs of one task in a file of benchmarks/evidence.py: a list of dicts.
+
+    Numbers are numbers; `answers` is a float tensor (rows,) of 1 for right and 0 for wrong;
+    `curve` is {step: training loss}; what stands in `details` becomes a key of its own.
+    device: the device whose runs are wanted. Default: the one with the most runs of this task.
+    Runs of different devices never come together. Raises ValueError if there is no such run.
+    """
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["task"] == task]
+    if device is None and rows:
+        device = Counter(row["device"] for row in rows).most_common(1)[0][0]
+    rows = [_parsed(row) for row in rows if row["device"] == device]
+    require(rows, f"There are no runs of {shown(task)} on {shown(device)} in {path}.")
+    return rows
+
+
+def _parsed(row):
+    details = json.loads(row.pop("details") or "{}")
+    for name in ("threads", "seed", "steps", "examples", "batch", "trainable", "right", "total"):
+        row[name] = int(row[name]) if row[name] else None
+    for name in ("lr", "seconds", "train_loss", "valid_loss"):
+        row[name] = float(row[name]) if row[name] else None
+    pairs = (pair.split(":") for pair in row["curve"].split())
+    row["curve"] = {int(step): float(loss) for step, loss in pairs}
+    row["answers"] = torch.tensor([float(a) for a in row["answers"]])  # (rows,)
+    return row | details
+
+
+def at_best_rate(runs: list[dict]) -> dict[str, list[dict]]:
+    """{method: its runs at the learning rate it would be used with, in the order of their seeds}.
+
+    That is the rate of the lowest validation loss among the runs of the lowest seed. A method all
+    of whose runs have one rate needs no validation loss. Runs must be of one number of examples.
+    """
+    methods: dict[str, list[dict]] = {}
+    for run in runs:
+        methods.setdefault(run["method"], []).append(run)
+    best = {}
+    for method, own in methods.items():
+        first = [run for run in own if run["seed"] == min(r["seed"] for r in own)]
+        tried = [run for run in first if run["valid_loss"] is not None]
+        if len({run["lr"] for run in own}) == 1:
+            tried = first
+        require(tried, f"No run of {method} has a validation loss, so its rate is unknown.")
+        lr = min(tried, key=lambda run: _or_infinite(run["valid_loss"]))["lr"]
+        best[method] = sorted((r for r in own if r["lr"] == lr), key=lambda run: run["seed"])
+    return best
+
+
+def _or_infinite(loss):
+    return math.inf if loss is None or math.isnan(loss) else loss
+
+
+def answers_of(runs: list[dict]) -> torch.Tensor:
+    """The answers of some runs, one row for each: (seeds, rows)."""
+    return torch.stack([run["answers"] for run in runs])
+
+
+class Comparison(NamedTuple):
+    """A mean, the ends of its interval, and the p value of a mean of zero."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+
+
+def compare(
+    ours: torch.Tensor, theirs: torch.Tensor | float = 0.0, level: float = 0.95
+) -> Comparison:
+    """How much better are our answers than theirs, counting seeds and test rows together?
+
+    ours: scores (seeds, rows), two seeds and two rows at least. theirs: (seeds, rows), paired seed
+    by seed and row by row; or (1, rows) for a model that is not trained; or a number. With x the
+    difference of a seed and a row, a two-way model without replication
+    x[s, r] = mean + a[s] + b[r] + e[s, r] gives the variance of the mean as
+    (MS_seeds + MS_rows - MS_rest) / (seeds * rows), and Satterthwaite (1946) the degrees of freedom
+    of its t distribution. Where the model would make it smaller than the seeds or the rows alone
+    do, the larger of these counts. Raises ValueError for other shapes.
+    """
+    from scipy.stats import t as student
+
+    x = ours.double() - torch.as_tensor(theirs).double()  # (seeds, rows)
+    require(
+        x.dim() == 2 and x.shape == ours.shape and min(x.shape) >= 2,
+        f"compare wants scores (seeds, rows), two of each at least; got {tuple(ours.shape)}.",
+    )
+    seeds, rows = x.shape
+    mean = x.mean()
+    by_seed, by_row = x.mean(1, keepdim=True), x.mean(0, keepdim=True)  # (seeds, 1), (1, rows)
+    free = (seeds - 1, rows - 1, (seeds - 1) * (rows - 1))
+    squares = (
+        rows * (by_seed - mean).square().sum(),
+        seeds * (by_row - mean).square().sum(),
+        (x - by_seed - by_row + mean).square().sum(),
+    )
+    ms = [(square / df).item() for square, df in zip(squares, free, strict=True)]
+    total = max(ms[0] + ms[1] - ms[2], ms[0], ms[1])
+    if total == 0:  # no variation at all
+        return Comparison(mean.item(), mean.item(), mean.item(), float(mean == 0))
+    variance = sum(m**2 / df for m, df in zip(ms, free, strict=True))
+    freedom = total**2 / variance
+    error = math.sqrt(total / (seeds * rows))
+    half = student.ppf(0.5 + level / 2, freedom) * error
+    p = 2 * student.sf(abs(mean.item()) / error, freedom)
+    low, high = mean.item() - half, mean.item() + half
+    return Comparison(mean.item(), float(low), float(high), float(p))
+
+
+def groups(answers: dict[str, torch.Tensor], level: float = 0.95) -> list[list[str]]:
+    """Methods that cannot be told apart, as groups, the best first; a method may be in several.
+
+    answers: {method: (seeds, rows)}, the same seeds and rows for all. Every pair is compared, and
+    Holm's method (1979) keeps the chance of one wrong difference among all pairs below 1 - level.
+    A group is as many neighbours in the order of the means as have no difference among them.
+    """
+    order = sorted(answers, key=lambda name: -answers[name].mean().item())
+    pairs = [(a, b) for i, a in enumerate(order) for b in order[i + 1 :]]
+    found = sorted((compare(answers[a], answers[b]).p, a, b) for a, b in pairs)
+    differ = set()
+    for rank, (p, a, b) in enumerate(found):
+        if p > (1 - level) / (len(found) - rank):
+            break
+        differ.add((a, b))
+    made: list[list[str]] = []
+    for start in range(len(order)):
+        end = start
+        while end < len(order) and not any((a, order[end]) in differ for a in order[start:end]):
+            end += 1
+        group = order[start:end]
+        if not made or group[-1] not in made[-1]:  # not just the end of the group before
+            made.append(group)
+    return made
