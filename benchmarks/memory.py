@@ -3,12 +3,18 @@
     python benchmarks/memory.py [--cases 0 1 2]
 
 Each case is a model with random weights of a known size, a method, and the shape of a batch.
-`predicted` is `memory.estimate(..., device="cuda")`, `fake` is `memory.measure(configuration,
-device="cuda")`; both need no GPU. On a GPU the same step runs for real: `allocated` is the
-allocator's peak, `reserved` what it took from the driver, and `in_use` what the whole device had in
-use, with the CUDA context. All in bytes. Rows go to results/memory.csv; one that is there from this
-device is not measured again. The last three cases are the table of the study notes: Bloom with a
-vocabulary of 46,145, one row of 256 tokens.
+
+  predicted         `memory.estimate(..., device="cuda")`: formulas, no GPU needed
+  fake              `memory.measure(configuration, device="cuda")`: a step on fake tensors
+  fake_accumulated  the same with two backward passes before the step: the second holds the new
+                    gradient of the largest weight beside the sum so far
+  allocated         on a GPU: the allocator's peak of the step
+  reserved, in_use  what the allocator took from the driver, and what the whole device had in use,
+                    with the CUDA context
+
+All in bytes. Rows go to results/memory.csv; one that is there from this device is not measured
+again. The last three cases are the table of the study notes: Bloom with a vocabulary of 46,145, one
+row of 256 tokens, gradients accumulated over 8 batches.
 """
 
 import argparse
@@ -17,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch._subclasses import FakeTensorMode
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -36,12 +43,15 @@ from minipeft import (
 )
 from minipeft.freezing import only_head, only_last_blocks
 from minipeft.memory import measure
+from minipeft.memory.cuda import rules_of_cuda, workspace
 from minipeft.memory.estimate import estimate
+from minipeft.memory.measure import Tracker
+from minipeft.memory.settings import build
 from this_machine import append_rows, rows_so_far, this_machine
 
 RESULTS = Path(__file__).resolve().parent / "results" / "memory.csv"
 COLUMNS = """date device threads torch transformers case model method batch seq options predicted
-fake allocated reserved in_use""".split()
+fake fake_accumulated allocated reserved in_use""".split()
 SMOLLM2 = LlamaConfig(
     hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
     num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True,
@@ -119,6 +129,27 @@ def method_of(model, name):
     return METHODS[name]
 
 
+def accumulated(config, method, options):
+    """The peak on fake tensors, as on CUDA, of two backward passes and a step."""
+    with FakeTensorMode(), rules_of_cuda():
+        model = build(config, method, options.get("dtype", torch.float32), "fused")
+        params = [p for p in model.parameters() if p.requires_grad]
+        update = torch.optim.AdamW(params, foreach=True)
+        for p in params:  # a first step creates the optimiser's state
+            p.grad = torch.zeros_like(p)
+        update.step()
+        update.zero_grad()
+        ids = torch.zeros(options["batch"], options["seq"], dtype=torch.int64)  # (batch, seq)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+        states = [t for state in update.state.values() for t in state.values()]
+        standing = [*model.parameters(), *model.buffers(), *states, *inputs.values()]
+        with Tracker(standing, 0, 0) as tensors:
+            for _ in range(2):
+                model(**inputs, use_cache=False).loss.backward()
+            update.step()
+    return tensors.peak + workspace()
+
+
 def allocated(config, method, options):
     """Run the step on the GPU: {column: bytes}."""
     kernel = "eager" if options.get("attention") == "eager" else "sdpa"
@@ -149,12 +180,18 @@ def main():
         row["options"] = " ".join(f"{key}={value}" for key, value in extra.items())
         row["predicted"] = estimate(config, method, device="cuda", **asked).total
         row["fake"] = measure(config, method, device="cuda", **asked).total
+        if extra == FOREACH:
+            row["fake_accumulated"] = accumulated(config, method, asked)
         if torch.cuda.is_available():
             gc.collect()
             torch.cuda.empty_cache()
             row |= allocated(config, method, asked)
         append_rows(options.out, COLUMNS, [common | row])
-        told = {key: row[key] for key in ("predicted", "fake", "allocated") if key in row}
+        told = {
+            key: row[key]
+            for key in ("predicted", "fake", "fake_accumulated", "allocated")
+            if key in row
+        }
         text = ", ".join(f"{k} {v / 1e9:.3f} GB ({v / 2**30:.3f} GiB)" for k, v in told.items())
         print(f"{case:2} {name}, {kind}, {batch} x {seq} {row['options']}: {text}", flush=True)
 
