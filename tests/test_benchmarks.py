@@ -565,7 +565,7 @@ def test_stored_coverage_is_what_compare_promises():
 
 
 def test_coverage_simulates_what_it_says(monkeypatch):
-    coverage = importlib.import_module("coverage")
+    coverage = importlib.import_module("interval_coverage")
     generator = torch.Generator().manual_seed(0)
     x = coverage.difference(3, 50, 0.3, generator)
     assert x.shape == (3, 50) and set(x.unique().tolist()) <= {-1.0, 0.0, 1.0}

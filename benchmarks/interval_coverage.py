@@ -1,6 +1,6 @@
 """How often does an interval that promises 95 % hold the truth? A simulation.
 
-    python benchmarks/coverage.py [--trials 4000]
+    python benchmarks/interval_coverage.py [--trials 4000]
 
 Two methods answer the same test rows with several seeds each. The chance of a right answer is
 sigmoid(1 + difficulty of the row + luck of the seed + what only this method finds easy). Both are
