@@ -72,3 +72,25 @@ def test_tests_lie_as_the_package_does(name):
     *folder, stem = name.split(".")
     tests = PACKAGE.parent / "tests"
     assert (tests / folder[0]).is_dir() if folder else (tests / f"test_{stem}.py").is_file()
+
+
+def public_functions(body):
+    """Functions without an underscore, and constructors, of a module and its public classes."""
+    for node in body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from public_functions(node.body)
+        if isinstance(node, ast.FunctionDef):
+            if not node.name.startswith("_") or node.name == "__init__":
+                yield node
+
+
+@EACH
+def test_what_is_public_has_type_hints(name):
+    """mypy, in `make check`, says whether they are right."""
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    for function in public_functions(tree.body):
+        own = function.args
+        named = [*own.posonlyargs, *own.args, *own.kwonlyargs, own.vararg, own.kwarg]
+        bare = [a.arg for a in named if a and not a.annotation and a.arg not in ("self", "cls")]
+        hinted = function.returns is not None or function.name == "__init__"
+        assert not bare and hinted, (function.name, bare)
