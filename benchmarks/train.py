@@ -43,8 +43,6 @@ from this_machine import append_rows, seconds, this_machine
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LR = 1e-4
-GOALS = {"Trainer": 1.25, "TRL": 1.6}  # times their tokens per second, where 16 are targets
-GOAL_OF_MEMORY = 0.8  # of their peak
 COLUMNS = """base precision batch seq targets steps seed round contender seconds cpu_seconds
 tokens_per_second peak_bytes first_loss mean_loss""".split()
 
@@ -241,11 +239,6 @@ def main():
                 f"{theirs:,.0f} | {memory:.3f} | {peaks['minipeft'] / 2**20:,.1f} and "
                 f"{peaks[other] / 2**20:,.1f} |"
             )
-            if targets == options.targets < options.seq:
-                fast = "met" if median(ratios[0]) >= GOALS[other] else "missed"
-                small = "met" if memory <= GOAL_OF_MEMORY else "missed"
-                print(f"goals against {other}: {GOALS[other]} times the tokens per second {fast}, "
-                      f"{GOAL_OF_MEMORY} of the peak {small}")  # fmt: skip
         setting = {"targets": targets} | {
             name: getattr(options, name)
             for name in ("base", "precision", "batch", "seq", "steps", "seed")

@@ -457,6 +457,33 @@ def test_costs_are_measured_in_each_state_and_once(tiny, tmp_path, monkeypatch):
     assert rows_of(out) == rows
 
 
+def test_train_and_the_trainer_of_transformers_do_the_same_work(tmp_path, monkeypatch):
+    trains = importlib.import_module("train")
+    monkeypatch.setattr(trains, "RESULTS", tmp_path / "benchmarks" / "results")
+    (tmp_path / "benchmarks").mkdir()
+    monkeypatch.setattr(trains, "pick_device", lambda: torch.device("cpu"))
+    both = {"minipeft": trains.of_minipeft, "Trainer": trains.of_trainer}
+    monkeypatch.setattr(trains, "contenders", lambda: both)
+    words = "train.py --base tiny-llama --steps 2 --rounds 1 --seq 24 --targets 4"
+    monkeypatch.setattr(sys, "argv", words.split())
+    trains.main()
+    rows = rows_of(trains.RESULTS / "train-cpu.csv")
+    assert sorted((row["targets"], row["contender"]) for row in rows) == [
+        ("24", "Trainer"), ("24", "minipeft"), ("4", "Trainer"), ("4", "minipeft"),
+    ]  # fmt: skip
+    for a, b in ((0, 1), (2, 3)):  # checked by the script, too
+        assert float(rows[a]["mean_loss"]) == pytest.approx(float(rows[b]["mean_loss"]), abs=1e-3)
+    peak = {(row["targets"], row["contender"]): int(row["peak_bytes"]) for row in rows}
+    assert peak["4", "minipeft"] < peak["4", "Trainer"]  # logits at the targets only
+    assert len({peak["4", "Trainer"], peak["24", "Trainer"]}) == 1
+
+
+def test_other_work_is_not_compared():
+    trains = importlib.import_module("train")
+    with pytest.raises(AssertionError, match="differ"):
+        trains.refuse_unequal({"minipeft": 2.0, "Trainer": 2.1}, 1e-3, "loss", "float32")
+
+
 def test_qlora_compares_both_bases_in_every_round(tiny, tmp_path, monkeypatch):
     qlora = importlib.import_module("qlora")
     monkeypatch.setattr(qlora, "RESULTS", tmp_path)

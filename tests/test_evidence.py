@@ -91,7 +91,7 @@ def _freedom(x):
 
 @pytest.mark.parametrize(("seeds", "of_seed"), [(3, 0.0), (5, 0.0), (3, 0.3), (5, 0.3)])
 def test_it_covers_the_truth_about_as_often_as_it_says(seeds, of_seed):
-    """Equal methods differ by nothing on average; benchmarks/interval_coverage.py simulates more."""
+    """Equal methods differ by nothing on average; interval_coverage.py simulates more."""
     generator, covered, trials = torch.Generator().manual_seed(1), 0, 400
     for _ in range(trials):
         found = compare(*draw(seeds, 300, of_seed, 1.5, generator))
