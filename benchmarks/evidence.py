@@ -1,25 +1,30 @@
 """The runs behind what the course says: each method trained for each task, one row for every run.
 
-    python benchmarks/evidence.py --list                   what there is, and how much is missing
+    python benchmarks/evidence.py --list                   the tasks, and what can be run next
     python benchmarks/evidence.py --tasks grades --workers 10 --seconds 580
 
 A task (benchmarks/tasks) says what is trained and how it is judged. For each of its settings the
 learning rate is searched with the first seed: all rates of the setting, and further ones, three
 times as large or small, while the best one is at an end of those tried. Best is the lowest
-validation loss. The other seeds then run at that rate.
+validation loss. The other seeds then run at that rate. A single rate is not searched.
 
 Each run appends one row to benchmarks/results/evidence.csv when it is through, with the date, the
 device and the versions. A run that is in the file, from the same device, is not repeated, so the
-script can be stopped and started at any time. --workers processes share the device. With --seconds
-no run begins that might not end in time, to judge by the longest one so far.
+script can be stopped and started at any time; two at once on one file would do the same work twice.
+--workers processes share the device. With --seconds no run begins that might not end in time, to
+judge by the longest run of its task so far. Exit status: 0 when nothing is left to do, 1 when runs
+failed, 3 when the time was up.
 """
 
 import argparse
 import json
 import math
 import multiprocessing
+import os
+import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,8 +89,9 @@ def missing(task, setting, rows):
 
 
 def further(lr, up):
-    """The next rate, about three times as large or small: 1e-3, 3e-3, 1e-2, ..."""
-    return float(f"{lr * (3.16 if up else 1 / 3.16):.0e}")
+    """The next rate of 1e-3, 3e-3, 1e-2, 3e-2, ... that is larger or smaller."""
+    grid = [float(f"{digit}e{power}") for power in range(-9, 4) for digit in (1, 3)]
+    return min(r for r in grid if r > lr) if up else max(r for r in grid if r < lr)
 
 
 def plan(tasks, rows, methods=None, seeds=None):
@@ -102,20 +108,30 @@ def plan(tasks, rows, methods=None, seeds=None):
     ]
 
 
-def share_cores(workers):
-    """Give each process its part of the cores; more threads than cores wait for each other."""
+def begin_worker(workers, parent):
+    """Give each process its part of the cores, and end it when the runner is gone."""
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(2)
+        os._exit(1)  # a killed runner cannot tell its workers; they would hold the device
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def make(run):
-    """Train and judge: a row of the file. Runs in a process of its own."""
+    """Train and judge: (a row of the file, seconds). Runs in a process of its own."""
     from transformers.utils import logging
 
     from tasks import TASKS
 
     logging.set_verbosity_error()
     start = time.monotonic()
-    row = TASKS[run.task][1](*run[1:])
+    try:
+        row = TASKS[run.task][1](*run[1:])
+    except FloatingPointError as error:  # it diverged: a result, and never the best rate
+        row = {"valid_loss": "inf", "details": {"diverged": str(error)}}
     row["details"] = json.dumps(row.get("details", {}), ensure_ascii=False)
     return this_machine() | run._asdict() | row, time.monotonic() - start
 
@@ -136,6 +152,10 @@ def main():
     unknown = [task for task in tasks if task not in TASKS]
     if unknown:
         parser.error(f"there is no task {unknown[0]}; choose from {', '.join(TASKS)}")
+    known = {setting.method for task in tasks for setting in TASKS[task][0]}
+    for method in options.methods or ():
+        if method not in known:
+            parser.error(f"there is no method {method!r} in {', '.join(tasks)}")
     wanted = options.methods, options.seeds
     if options.list:
         rows = rows_so_far(options.out)
@@ -143,32 +163,43 @@ def main():
             made = sum(row["task"] == task for row in rows)
             print(f"{task:18} {made:4} runs made, {len(plan([task], rows, *wanted)):4} can be next")
         return
-    begin, longest, failed = time.monotonic(), 0.0, set()
+    begin, failed = time.monotonic(), set()
+    longest = dict.fromkeys(tasks, 0.0)  # seconds of a run, by task
+    for row in rows_so_far(options.out):
+        if row["task"] in longest:
+            longest[row["task"]] = max(longest[row["task"]], float(row["seconds"] or 0))
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    with ProcessPoolExecutor(options.workers, context, share_cores, (options.workers,)) as pool:
+    start = (begin_worker, (options.workers, os.getpid()))
+    with ProcessPoolExecutor(options.workers, context, *start) as pool:
         running = {}
         while True:
             left = options.seconds - (time.monotonic() - begin)
             busy = {*running.values(), *failed}
             todo = [r for r in plan(tasks, rows_so_far(options.out), *wanted) if r not in busy]
-            for run in todo[: options.workers - len(running)]:
-                if left > longest * 1.1:
-                    running[pool.submit(make, run)] = run
+            fits = [run for run in todo if left > longest[run.task] * 1.2]
+            for run in fits[: options.workers - len(running)]:
+                running[pool.submit(make, run)] = run
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 run = running.pop(future)
                 try:
                     row, took = future.result()
+                except BrokenProcessPool:
+                    raise SystemExit(
+                        f"A worker died during {run}; start again with fewer."
+                    ) from None
                 except Exception as error:  # the other runs go on; this one is told about
                     failed.add(run)
                     print(f"{run}: {type(error).__name__}: {error}", flush=True)
                     continue
-                longest = max(longest, took)
+                longest[run.task] = max(longest[run.task], took)
                 append_rows(options.out, COLUMNS, [row])
                 print(*run, f"-> {row.get('right', '-')} right, validation loss "
                       f"{row.get('valid_loss', '-')}, {took:.0f} s", flush=True)  # fmt: skip
-    raise SystemExit(f"{len(failed)} runs failed" if failed else 0)
+    if failed:
+        raise SystemExit(f"{len(failed)} runs failed")
+    raise SystemExit(3 if todo else 0)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
 
 Writes results/grades.png and results/grades.md from the stored runs (evidence.csv, cost.csv).
 Each method stands at its best rate, with a 95 % interval that counts seeds and test rows
-(`minipeft.evidence.compare`). Methods that share a bar at the right cannot be told apart
-(`groups`); a method with fewer than two seeds has no interval and is in no group.
+(`minipeft.evidence.compare`); the seed that chose the rate is left out. Methods that share a bar at
+the right cannot be told apart (`groups`); a method with fewer than two seeds has no interval and is
+in no group.
 """
 
 import argparse
@@ -20,22 +21,26 @@ from minipeft.evidence import answers_of, at_best_rate, compare, groups, runs_of
 from this_machine import all_rows
 
 FOLDER = Path(__file__).resolve().parent / "results"
-PLACES = {  # beginning of a method's name: (where it acts, can it be merged)
+PLACES = {  # beginning of a method's name: (where it acts, can it be merged); "-" if not listed
     "prompt tuning": ("input vectors", "no"),
+    "P-tuning v2, hidden": ("hidden states of every layer", "no"),
     "P-tuning v2": ("keys and values of every layer", "no"),
     "P-tuning": ("input vectors, by an encoder", "no"),
     "prefix-tuning": ("keys and values of every layer", "no"),
     "adapters": ("after attention and feed-forward", "no"),
-    "LoRA, q and v": ("query and value weights", "yes"),
+    "LoRA, all linear": ("weights of all linear layers", "yes"),
+    "LoRA+, all linear": ("weights of all linear layers", "yes"),
+    "rsLoRA, all linear": ("weights of all linear layers", "yes"),
+    "DoRA, all linear": ("weights of all linear layers", "yes"),
+    "LoRA": ("weights of queries and values", "yes"),
     "biases": ("biases of all linear layers", "is the model"),
     "norms": ("weights of the norms", "is the model"),
     "head": ("output weights", "is the model"),
     "last": ("weights of the last blocks", "is the model"),
-    "all blocks": ("all weights of the blocks", "is the model"),
+    "all blocks": ("weights of all blocks", "is the model"),
     "zero-shot": ("nothing", "is the model"),
     "question": ("nothing", "is the model"),
 }
-LORA = ("weights of all linear layers", "yes")
 COLOURS = {  # of a family; markers beside them, so that colour is never alone
     "input vectors": ("#0072B2", "o"),
     "keys": ("#009E73", "s"),
@@ -48,7 +53,7 @@ COLOURS = {  # of a family; markers beside them, so that colour is never alone
 def place_of(method):
     """(where a method acts, whether it can be merged) for the table."""
     found = [place for start, place in PLACES.items() if method.startswith(start)]
-    return found[0] if found else LORA
+    return found[0] if found else ("-", "-")
 
 
 def style_of(method):
@@ -59,7 +64,7 @@ def style_of(method):
 
 def scores(task, device=None):
     """({method: its runs at the best rate}, {method: (seeds, rows)} of those with several seeds)"""
-    best = at_best_rate(runs_of(FOLDER / "evidence.csv", task, device))
+    best = at_best_rate(runs_of(FOLDER / "evidence.csv", task, device), fresh=True)
     return best, {name: answers_of(runs) for name, runs in best.items() if len(runs) > 1}
 
 

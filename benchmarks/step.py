@@ -204,7 +204,7 @@ def main():
     print("|---|---|---|---|---|", *table, sep="\n")
     folder = ROOT / "benchmarks" / "results"
     folder.mkdir(exist_ok=True)
-    path = folder / f"step-{device.type}.csv"
+    path = folder / f"step-{device.type}-{options.batch}x{options.seq}.csv"
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([*run, "method", "round", "contender", "seconds", "peak_bytes"])

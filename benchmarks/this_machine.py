@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import io
 import time
 
 import torch
@@ -49,13 +50,26 @@ def seconds(work, device):
 
 
 def append_rows(path, columns, rows):
-    """Append rows, dicts whose missing columns stay empty, to a CSV; a new file gets its header."""
+    """Append rows, dicts whose missing columns stay empty, to a CSV; a new file gets its header.
+
+    All of it is written at once. Raises ValueError if the file has other columns.
+    """
     path.parent.mkdir(exist_ok=True)
-    new = not path.exists()
-    with open(
-        path, "a", newline="", encoding="utf-8"
-    ) as file:  # a run at a time, and only whole ones
-        writer = csv.DictWriter(file, columns, restval="")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    stored = all_columns(path)
+    if stored and stored != list(columns):
+        raise ValueError(f"{path} has other columns than these rows; move it away to begin anew.")
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, restval="")
+    if not stored:
+        writer.writeheader()
+    writer.writerows(rows)
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        file.write(text.getvalue())
+
+
+def all_columns(path):
+    """The columns of a CSV; none if there is no such file, or nothing in it."""
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return next(csv.reader(file), [])

@@ -86,7 +86,7 @@ class LoRALinear(InPlace):
 
 
 class DoRALinear(DoRA, LoRALinear):
-    """A linear layer with a low-rank update and a trainable length for each row."""
+    """A linear layer with a low-rank update and a trainable magnitude for each row."""
 
 
 class LoRAEmbedding(OneHot, LoRALinear):
@@ -94,12 +94,12 @@ class LoRAEmbedding(OneHot, LoRALinear):
 
 
 class DoRAEmbedding(DoRA, OneHot, LoRALinear):
-    """An nn.Embedding with a low-rank update and a trainable length for each column."""
+    """An nn.Embedding with a low-rank update and a trainable magnitude for each column."""
 
 
 def lora_layer(base: nn.Module, r: int, alpha: float, dropout: float = 0.0,
                scaling: str = "alpha/r", dora: bool = False) -> LoRALinear:  # fmt: skip
-    """The LoRALinear, or variant of it, that replaces the layer `base`."""
+    """Build the LoRALinear, or its DoRA or embedding variant, that replaces `base`."""
     on_linear, on_table = (DoRALinear, DoRAEmbedding) if dora else (LoRALinear, LoRAEmbedding)
     layer = (on_table if isinstance(base, nn.Embedding) else on_linear)(base, r, alpha, dropout)
     if scaling == "rslora":
@@ -116,14 +116,14 @@ def add_lora(model: Model, r: int = 8, alpha: float = 16, dropout: float = 0.0,
     alpha     numerator of the scaling: alpha/r, or alpha/sqrt(r) with scaling="rslora".
     dropout   dropout probability at the input of the low-rank path.
     targets   last components of layer names: "query_key_value" for Bloom and GPT-NeoX, "c_attn" for
-              GPT-2. A longer ending, "0.attn.c_attn", selects fewer layers. Embeddings
-              ("embed_tokens", "wte") and an untied "lm_head" are allowed.
-    dora      also train the length of each row of the new weight: `out` more parameters per layer.
+              GPT-2. A longer suffix, "0.attn.c_attn", matches only the layers whose name ends in
+              it. Embeddings ("embed_tokens", "wte") and an untied "lm_head" are allowed.
+    dora      also train the magnitude of each row of the new weight: `out` parameters per layer.
     Trainable parameters are float32 even on a half-precision base (float64 on a float64 base).
-    The head of a classifier is newly initialised, so it is trained in full and gets no LoRA. On an
-    embedding tied to the head, LoRA changes only the input side and cannot be merged.
+    The head of a classifier is newly initialised, so it is trained in full and gets no LoRA. If the
+    embedding is tied to the head, LoRA affects only the embedding lookup, and cannot be merged.
     Raises ValueError for a name that matches no layer, a tied head, a number out of range, a layer
-    that does not simply apply its weight, and a model that already has a technique.
+    whose forward is more than its weight's product, and a model that already has a technique.
     """
     targets = list_of_names(targets)
     check_settings(r, alpha, dropout, scaling, dora)
@@ -151,9 +151,9 @@ def unmerge_lora(model: Model) -> Model:
 
 
 def unload_lora(model: Model) -> Model:
-    """Remove the LoRA layers, for `save_pretrained` or another technique. Returns the model.
+    """Put the base layers back, for `save_pretrained` or another technique. Returns the model.
 
-    Merged updates stay in the weights, others are lost. Frozen parameters stay frozen.
+    Merged updates stay in the weights; unmerged ones are discarded. What is frozen stays frozen.
     Raises ValueError if there is no LoRA.
     """
     return take_lora_off(model)

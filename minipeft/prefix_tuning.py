@@ -2,7 +2,8 @@
 
     attention output of a token = softmax(q [P_k; K]^T / sqrt(d)) [P_v; V]      section 4.2
 
-The prefix is a KV cache that comes from no text: n positions per layer that all tokens attend to.
+The prefix is a trainable KV cache of n positions that belong to no text; every token attends to
+them in every layer. virtual_tokens.py hands it to the model, technique/kv_cache.py fills the cache.
 With `projection`, an MLP computes it during training (section 4.3).
 """
 
@@ -21,8 +22,8 @@ from minipeft.virtual_tokens import VirtualTokens, attach, refuse
 class Prefix(VirtualTokens):
     """Keys and values for all layers: (layers, 2, kv_heads, n, head_dim).
 
-    Without an MLP the embedding table holds them, n rows of layers * 2 * kv_heads * head_dim. With
-    an MLP (linear, tanh, linear) the table has n rows of kv_heads * head_dim, and the MLP expands
+    Without an MLP the embedding table is the prefix: (n, layers * 2 * kv_heads * head_dim). With an
+    MLP (linear, tanh, linear) the table has n rows of kv_heads * head_dim, and the MLP expands
     each row, as in section 4.3 and in HF peft.
     """
 
@@ -81,14 +82,14 @@ def add_prefix_tuning(
     num_virtual_tokens   n, for n * layers * 2 * kv_heads * head_dim trainable parameters without
                          projection. None, with text: the number of tokens of the text.
     projection           train an embedding and an MLP that computes the prefix;
-                         `fold_prefix_tuning` drops them. encoder_hidden_size is the MLP's width, by
-                         default kv_heads * head_dim, which is the hidden size in multi-head
-                         attention.
+                         `fold_prefix_tuning` drops them.
+    encoder_hidden_size  width of the MLP. Default: kv_heads * head_dim, which is the hidden size in
+                         multi-head attention.
     text                 initialise with the keys and values that the frozen model computes for
-                         `text`, truncated or repeated to n tokens. Before training, this equals
-                         typing the text in front. Otherwise the table starts normal with deviation
-                         0.1 (HF peft: 1, which disturbs a model more); the embedding of an MLP
-                         with 1.
+                         `text`, truncated or repeated to n tokens: before training, the model
+                         then behaves as if the text stood in front. Otherwise the table is drawn
+                         from a normal distribution of deviation 0.1 (HF peft: 1, which disturbs a
+                         model more), and the embedding in front of an MLP of deviation 1.
     Trainable parameters are float32 even on a half-precision base (float64 on a float64 base).
     Raises ValueError for a length or width below 1, text together with projection, layers without
     full attention, and a model that already has a technique or has no language-model head.

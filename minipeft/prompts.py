@@ -1,4 +1,7 @@
-"""Turn a prompt into token ids: BOS before a text, and the chat template for messages."""
+"""Turn a prompt into token ids: BOS before a text, and the chat template for messages.
+
+batching.py puts prompt and answer together and masks the labels of the prompt.
+"""
 
 import os
 from collections.abc import Mapping, Sequence

@@ -4,10 +4,11 @@
 
   "front"      vectors in front of the embedded text; the sequence grows by n
                (prompt tuning, P-tuning)
-  "hidden"     the same, and every block gets its own vectors at these positions (P-tuning v2)
-  "cache"      keys and values in front of those of the text; every layer attends to n more
+  "hidden"     as "front"; in addition, every block gets its own vectors at these positions
+               (P-tuning v2)
+  "cache"      keys and values prepended to the text's own; every layer attends to n more
                positions, and the sequence keeps its length (prefix-tuning, P-tuning v2)
-  "attention"  the same for a model without a KV cache, passed to each attention module
+  "attention"  as "cache", for a model without a KV cache: passed to each attention module
                (P-tuning v2)
   "template"   vectors in place of placeholder tokens in the text (P-tuning)
 
@@ -64,9 +65,9 @@ def attach(
     technique: str,
     before: Callable[..., object] | None = None,
 ) -> PreTrainedModel:
-    """Freeze `model`, attach the virtual tokens, and check on a few tokens that they work there.
+    """Freeze `model`, attach the virtual tokens, and try them on a few tokens.
 
-    before: a forward pre-hook that replaces the default one. Its first two arguments are first and
+    before: a forward pre-hook used instead of `_insert`. Its first two arguments are first and
     limit, as `positions_of` returns them.
     Returns the model. Raises ValueError, and leaves the model unchanged, if a check fails.
     """
@@ -76,7 +77,7 @@ def attach(
         first, limit = positions_of(model, words[None])
         places = [place] if has_numbers(model) and place != "attention" else []
         if place == "hidden":
-            places += ["cache"] * len(places)  # folding and saving turn them into keys and values
+            places += ["cache"] * len(places)  # folding or saving makes them keys and values
         trials = [Trial(model, where, words, first, limit) for where in places]
         freeze_base(model)
         model.virtual_tokens = virtual_tokens.train(model.training)
@@ -98,8 +99,8 @@ def attach(
 
 
 def refuse(model: PreTrainedModel, num_virtual_tokens: object, head: str = "lm_head") -> None:
-    """Raise ValueError for a length below 1, and for a model that already has a technique or, with
-    head="lm_head", has no language-model head."""
+    """Raise ValueError for fewer than one virtual token, and for a model that already has a
+    technique or, with head="lm_head", has no language-model head."""
     refuse_size("num_virtual_tokens", num_virtual_tokens, "length")
     refuse_tuned(model)
     if head == "lm_head" and model.get_output_embeddings() is None:

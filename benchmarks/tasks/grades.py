@@ -1,9 +1,9 @@
 """Five grades of film snippets: how good is each method, with its rate searched and five seeds?
 
 The model reads a snippet and says one of five words. 9,103 rows to train on, 500 to choose the rate
-by, 1,000 to judge by: `load_grades`. Floors: the untrained model, and the one word that is right
-most often. `dialogue_loss` and `text_loss`, in nats per target token on English dialogues and on
-sentences of newspaper editorials, tell what the model forgot meanwhile. The tasks:
+by, 1,000 to judge by: `load_grades`. Floors: the untrained model, and always saying the commonest
+word (" good", 220 of 1,000). `dialogue_loss` and `text_loss`, in nats per target token on English
+dialogues and on sentences of newspaper editorials, tell what the model forgot meanwhile. The tasks:
 
   grades           every method of the course, 500 steps of 16
   grades_depth, grades_length, grades_starts, grades_bases
@@ -16,7 +16,7 @@ from minipeft.assets.datasets import GRADES
 from tasks.methods import B_OVER_A, BASES, DEPTH, LENGTH, METHODS, STARTS
 from tasks.training import Setting, fit, fresh, label_words, loss_on
 
-BATCH, SEEDS = 16, (0, 1, 2, 3, 4)
+BATCH, SEEDS = 16, (0, 1, 2, 3, 4, 5)  # the first chooses the rate, five judge
 COMPARED = ("prompt tuning, n=20", "LoRA, all linear, r=8", "all blocks")
 LISTS = {
     "grades": METHODS,

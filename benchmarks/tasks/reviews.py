@@ -1,6 +1,7 @@
 """The film reviews of the notebooks, 600 of them to judge by: curves, other texts, few examples.
 
-SmolLM2 takes 8 reviews a step; the label word is the only target. Six tasks use this file:
+SmolLM2 takes 8 reviews a step; the targets are the label word and the end of the text. Six tasks
+use this file:
 
   reviews    each method at the settings of its notebook, with the training curve
   transfer   nine methods, judged by other kinds of text too: sentences about products, editorials,
@@ -8,7 +9,7 @@ SmolLM2 takes 8 reviews a step; the label word is the only target. Six tasks use
              model forgotten how to talk? "question" is the untrained model with the words that
              prompt tuning and prefix-tuning start from, typed before the review.
   examples   three methods learn from 10, 100 or 3,000 reviews, 60 steps or one pass through 3,000.
-             Each seed draws its own. The rates are those that `transfer` found best.
+             Each seed draws its own; the rates are those of `reviews`.
   depth, length, starts
              the lists of these names in methods.py; the rate is searched for each entry
 """
@@ -44,8 +45,9 @@ def untrained(model):
     return model
 
 
-# {task: {method: (rates, steps, what makes the model ready)}}. Where there is one rate, it is the
-# best of two or three tried with seed 0; those of P-tuning come from encoder_or_table.py.
+# {task: {method: (rates, steps, what makes the model ready)}}. `reviews` holds the settings of the
+# notebooks: one rate each, chosen by hand among two or three, so it compares no methods fairly. For
+# that there is `grades`. Those of P-tuning come from encoder_or_table.py.
 METHODS = {
     "reviews": {
         "zero-shot": ((), 0, untrained),

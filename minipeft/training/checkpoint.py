@@ -1,11 +1,11 @@
 """Checkpoints of a training run: safetensors and JSON only, each folder written atomically.
 
 A folder `step-000123` holds everything that the next step depends on:
-model.safetensors       the trainable parameters, and the buffers of the state dict except those of
-                        a 4-bit base, which never change
+model.safetensors       the trainable parameters, and the persistent buffers except the constant
+                        codes of a 4-bit base
 optimizer.safetensors   AdamW's two moments and step count for each trainable parameter
-best.safetensors        the trainable parameters of the step with the lowest evaluation loss, unless
-                        that is this step
+best.safetensors        the trainable parameters of the step with the lowest evaluation loss; absent
+                        if that is this step
 state.json              settings, history, position in the data, random states, loss scale
 
 A folder is removed only if it holds such files and nothing else.
@@ -70,7 +70,7 @@ def _checkpoints(root):
             continue
         if NEEDED <= {file.name for file in path.iterdir()}:
             state, _ = _state(path)
-            if not isinstance(state, dict) or STATE & state.keys():  # else of another program
+            if not isinstance(state, dict) or STATE & state.keys():  # another's
                 found[_number(path)] = path
     return found
 

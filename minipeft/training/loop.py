@@ -86,13 +86,13 @@ def train(
     """Train the trainable parameters in place for `max_steps` optimiser steps.
 
     batches: an iterable that can be repeated (list, DataLoader, Batches) of dicts of int64 tensors
-    (batch, seq): input_ids, attention_mask, labels (not shifted; -100 is ignored). Classifiers and
-    other models of transformers take the labels of their own loss (loss.py).
-    One step accumulates `accumulation` batches and divides the loss by the number of their targets,
-    so that it equals one step on one large batch. AdamW (Loshchilov and Hutter 2019, section 3),
+    (batch, seq): input_ids, attention_mask, labels (not shifted; -100 is ignored). For classifiers
+    and other models of transformers, labels are what the model's own loss expects (loss.py).
+    One step accumulates `accumulation` batches and divides the loss by all targets in them, so that
+    it equals one step on one large batch. AdamW (Loshchilov and Hutter 2019, section 3),
     beta 0.9 and 0.999, eps 1e-8; `lr` rises linearly over `warmup_steps`, then falls to 0.
     groups: parameter groups as torch.optim takes them, each with an optional lr and weight_decay;
-    all follow the same schedule. Default: `decay_groups`. History.lr is that of the first group.
+    all follow the same schedule. Default: `decay_groups`. History.lr records the first group's.
     loss_sum: the function (model, batch) to minimise, which returns the loss summed over the
     targets. Default: cross-entropy for a causal language model, the model's own loss for others.
     Evaluation always uses the default.
@@ -103,15 +103,15 @@ def train(
     eval_batches: evaluated every `eval_every` steps and at the end. The model keeps the weights of
     the lowest evaluation loss; without eval_batches, the last weights.
     checkpoint_dir: keeps the newest checkpoint, written every `save_every` steps (default: a tenth
-    of the run) and at the end. The same call, with the model built as before, resumes from it.
+    of the run) and at the end. To resume, build the model as before and repeat the call.
     seed: for Python, NumPy and torch, set at the start.
 
     Under torchrun the same call trains on all ranks (distributed.py). Pass the same `batches` on
     each; every rank takes its own rows, and the main process writes the checkpoints.
 
     Raises ValueError for invalid input or a damaged checkpoint, FloatingPointError if the loss or
-    gradients are not finite, ConnectionError if another rank is lost. The losses of a GPU are read
-    every 10 steps only; even so, neither a non-finite step nor a later one changes the weights.
+    gradients are not finite, ConnectionError if another rank is lost. On a GPU the loss is read
+    every 10 steps, so that error may come late, but no weight changes from that step on.
     """
     call = dict(locals())
     groups = parameter_groups(model, groups, lr, weight_decay)
