@@ -44,8 +44,8 @@ class Prefix(VirtualTokens):
         self.embedding = nn.Embedding(n, kv if width else columns, **factory_kwargs)
         self.mlp: Any = None
         if width:
-            expand = nn.Linear(width, columns, **factory_kwargs)
-            self.mlp = nn.Sequential(nn.Linear(kv, width, **factory_kwargs), nn.Tanh(), expand)
+            first = nn.Linear(kv, width, **factory_kwargs)
+            self.mlp = nn.Sequential(first, nn.Tanh(), nn.Linear(width, columns, **factory_kwargs))
 
     def table(self, layer: int | None = None) -> torch.Tensor:
         """The prefix, one row per virtual token: (n, layers * 2 * kv_heads * head_dim).

@@ -29,6 +29,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -156,11 +157,14 @@ def distribute(model: nn.Module, kind: str) -> nn.Module:
         for tensor in [*model.parameters(), *model.buffers()]:
             dist.broadcast(tensor, src=0)
     if kind == "fsdp":
+        # Without a mesh torch takes the GPU of the machine, also for a model on the CPU.
+        device = next(model.parameters()).device.type
+        mesh = init_device_mesh(device, (world_size(),))
         for block in blocks(model):
-            fully_shard(block)
+            fully_shard(block, mesh=mesh)
         # The rest: embeddings, last norm and head. By default torch leaves the root unsharded after
         # the forward pass; resharded, `model.parameters()` are always the same tensors.
-        fully_shard(model, reshard_after_forward=True)
+        fully_shard(model, mesh=mesh, reshard_after_forward=True)
     return model
 
 
