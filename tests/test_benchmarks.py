@@ -518,6 +518,18 @@ def test_train_and_the_trainer_of_transformers_do_the_same_work(tmp_path, monkey
     assert len({peak["4", "Trainer"], peak["24", "Trainer"]}) == 1
 
 
+def test_the_readme_says_what_train_measured():
+    rows = rows_of(FOLDER / "results" / "train-cpu.csv")
+    peak = {(row["targets"], row["contender"]): int(row["peak_bytes"]) for row in rows}
+    few, all_of_them = (
+        [peak[targets, "minipeft"] / peak[targets, other] for other in ("Trainer", "TRL")]
+        for targets in ("16", "128")
+    )
+    readme = " ".join((FOLDER.parent / "README.md").read_text(encoding="utf-8").split())
+    assert f"{few[0]:.2f} of the peak memory of HF's `Trainer` and {few[1]:.2f} of that" in readme
+    assert f"the peaks are {all_of_them[0]:.2f} and {all_of_them[1]:.2f}." in readme
+
+
 def test_other_work_is_not_compared():
     trains = importlib.import_module("train")
     with pytest.raises(AssertionError, match="differ"):
