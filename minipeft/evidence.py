@@ -82,7 +82,15 @@ def _or_infinite(loss):
 
 
 def answers_of(runs: list[dict]) -> torch.Tensor:
-    """The answers of some runs, one row for each: (seeds, rows)."""
+    """The answers of some runs, one row for each: (seeds, rows).
+
+    Raises ValueError if a run has no answers, as one that diverged, or has other test rows.
+    """
+    sizes = [len(run["answers"]) for run in runs]
+    require(
+        sizes and min(sizes) == max(sizes) > 0,
+        f"These runs have {sizes} answers; leave out those that diverged or were judged otherwise.",
+    )
     return torch.stack([run["answers"] for run in runs])
 
 

@@ -242,6 +242,12 @@ def test_of_a_run_made_twice_the_newer_counts(tmp_path):
     assert run["answers"].tolist() == [1, 1]
 
 
+def test_a_run_that_diverged_has_no_answers_to_compare(tmp_path):
+    path = stored(tmp_path / "runs.csv", {"answers": "10"}, {"seed": "1", "valid_loss": "inf"})
+    with pytest.raises(ValueError, match=r"have \[2, 0\] answers"):
+        answers_of(runs_of(path, "t"))
+
+
 def test_a_method_without_validation_losses_and_with_two_rates_is_refused(tmp_path):
     path = stored(tmp_path / "runs.csv", {"lr": "0.1"}, {"lr": "0.2"})
     with pytest.raises(ValueError, match="its rate is unknown"):

@@ -9,8 +9,8 @@ import random
 
 import torch
 
-from minipeft import complete, lora_plus_groups
-from tasks.methods import B_OVER_A, METHODS
+from minipeft import complete
+from tasks.methods import METHODS, groups_of
 from tasks.training import Setting, fit, fresh, loss_on, marked
 
 STEPS, BATCH = 600, 16
@@ -39,7 +39,7 @@ def run(method, lr, seed, steps, examples):
     model, tokenizer = fresh(METHODS[method][1], seed)
     rows = load_sums()
     training = rows["train"][: examples or None]
-    groups = lora_plus_groups(model, lr, B_OVER_A) if method.startswith("LoRA+") else None
+    groups = groups_of(method, model, lr)
     row = fit(model, tokenizer, training, lr=lr, seed=seed, steps=steps, batch=BATCH, groups=groups)
     row |= {"valid_loss": loss_on(model, tokenizer, rows["validation"])}
     prompts = [one["prompt"] for one in rows["test"]]

@@ -39,7 +39,7 @@ from minipeft import (
 from minipeft.freezing import blocks
 from tasks.addition import load_sums
 from tasks.methods import SEVEN
-from tasks.training import Setting, fit, fresh, loss_on, marked
+from tasks.training import Setting, first, fit, fresh, loss_on, marked
 
 BATCH, TESTS = 16, 600
 ROUTES = {
@@ -115,8 +115,7 @@ def splits_of(task):
     if task == "distil_addition":
         return load_sums()
     reviews = load_reviews()
-    tests = reviews["test"].select(range(min(TESTS, len(reviews["test"]))))
-    return {"train": reviews["train"], "validation": reviews["validation"], "test": tests}
+    return dict(reviews) | {"test": first(reviews["test"], TESTS)}
 
 
 @functools.cache
@@ -161,8 +160,8 @@ def run(task, method, lr, seed, steps, examples):
     for keep in ROUTES[route]:
         model = student_from_layers(model, keep)
         stages.append(judge(task, model, tokenizer, done, by_teacher, right_ones)[1])
-        first = max(0, len(keep) - last)
-        names = (f"model.layers.{i}" for i in range(first, len(keep)))
+        lowest = max(0, len(keep) - last)  # the first block that is trained
+        names = (f"model.layers.{i}" for i in range(lowest, len(keep)))
         unfreeze(freeze(model), *names, "model.norm")
         # Not the teacher's order, and a new one for each stage.
         row = fit(model, tokenizer, training, lr=lr, seed=1000 * seed + done + 1,

@@ -11,9 +11,9 @@ dialogues and on sentences of newspaper editorials, tell what the model forgot m
   grades_examples  100 or 1,000 rows to learn from, for three methods
 """
 
-from minipeft import load_dialogues, load_grades, load_reviews, lora_plus_groups
+from minipeft import load_dialogues, load_grades, load_reviews
 from minipeft.assets.datasets import GRADES
-from tasks.methods import B_OVER_A, BASES, DEPTH, LENGTH, METHODS, STARTS
+from tasks.methods import BASES, DEPTH, LENGTH, METHODS, STARTS, groups_of
 from tasks.training import Setting, fit, fresh, label_words, loss_on
 
 BATCH, SEEDS = 16, (0, 1, 2, 3, 4, 5)  # the first chooses the rate, five judge
@@ -45,7 +45,7 @@ def run(task, method, lr, seed, steps, examples):
     training = rows["train"]
     if examples:  # the first of a shuffle of its own for each seed
         training = training.shuffle(seed=seed).select(range(examples))
-    groups = lora_plus_groups(model, lr, B_OVER_A) if method.startswith("LoRA+") else None
+    groups = groups_of(method, model, lr)
     row = fit(model, tokenizer, training, lr=lr, seed=seed, steps=steps, batch=BATCH, groups=groups)
     row |= {"valid_loss": loss_on(model, tokenizer, rows["validation"])}
     row |= label_words(model, tokenizer, rows["test"], GRADES)

@@ -21,6 +21,7 @@ from minipeft import (
     add_prefix_tuning,
     add_prompt_tuning,
     fold_prefix_tuning,
+    lora_plus_groups,
 )
 from minipeft.freezing import only_biases, only_head, only_last_blocks, only_norms
 from minipeft.quantization import quantize_base
@@ -93,3 +94,8 @@ BASES = {
     "NF4": (MIDDLE, lambda m: lora(quantize_base(m))),
 }
 B_OVER_A = 16  # learning rate of B over that of A in LoRA+ (Hayou et al. 2024, section 5)
+
+
+def groups_of(method, model, lr):
+    """The parameter groups of a method, for `train`: those of LoRA+, and None for all others."""
+    return lora_plus_groups(model, lr, B_OVER_A) if method.startswith("LoRA+") else None

@@ -26,7 +26,7 @@ from minipeft import (
 )
 from minipeft.freezing import only_head, only_last_blocks, only_norms
 from tasks.methods import DEPTH, LENGTH, STARTS
-from tasks.training import Setting, fit, fresh, label_words, loss_on
+from tasks.training import Setting, first, fit, fresh, label_words, loss_on
 
 TEXT = "Is this film review positive or negative?"
 HOLE, HOLE_ID = "<v>", 49152  # the first id beyond SmolLM2's vocabulary: a placeholder
@@ -109,28 +109,23 @@ def run(task, method, lr, seed, steps, examples):
     template = getattr(getattr(model, "virtual_tokens", None), "placeholder_id", None) == HOLE_ID
     if template:
         tokenizer.add_tokens([HOLE], special_tokens=True)
-    fill = in_template if template else str  # a prompt as this model wants it
-    splits = {
-        name: rows.map(lambda row: {"prompt": fill(row["prompt"])})
-        for name, rows in load_reviews().items()
-    }
+
+    def filled(rows):
+        """Rows with their prompts as this model wants them."""
+        return rows.map(lambda r: {"prompt": in_template(r["prompt"])}) if template else rows
+
+    splits = {name: filled(rows) for name, rows in load_reviews().items()}
     training = splits["train"]
     if examples:  # the first of a shuffle of its own for each seed
         training = training.shuffle(seed=seed).select(range(examples))
     row = fit(model, tokenizer, training, lr=lr, seed=seed, steps=steps)
     validation = splits["validation"].select(range(VALIDATION))
     row |= {"valid_loss": loss_on(model, tokenizer, validation)}
-    row |= label_words(model, tokenizer, _first(splits["test"], TESTS))
+    row |= label_words(model, tokenizer, first(splits["test"], TESTS))
     if task == "transfer":
-        talk = load_dialogues()["test"]
-        talk = talk.map(lambda r: {"prompt": fill(f"{r['prompt']}\nAnswer:")})
-        row["details"] = {"chat_loss": float(loss_on(model, tokenizer, talk))}
+        talk = load_dialogues()["test"].map(lambda r: {"prompt": f"{r['prompt']}\nAnswer:"})
+        row["details"] = {"chat_loss": float(loss_on(model, tokenizer, filled(talk)))}
         for kind in OTHERS:
-            rows = _first(load_reviews(kind)["test"], OTHER_TESTS)
-            rows = rows.map(lambda row: {"prompt": fill(row["prompt"])})
+            rows = filled(first(load_reviews(kind)["test"], OTHER_TESTS))
             row["details"][kind] = label_words(model, tokenizer, rows)["answers"]
     return row
-
-
-def _first(rows, count):
-    return rows.select(range(min(count, len(rows))))

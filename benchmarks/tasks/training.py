@@ -75,6 +75,11 @@ def fit(
     }
 
 
+def first(rows, count):
+    """The first rows of a split, or all of them if there are fewer."""
+    return rows.select(range(min(count, len(rows))))
+
+
 def batches_of(tokenizer, rows, size=32):
     """Rows with a prompt and an answer as batches for `evaluate`."""
     encoded = [encode(tokenizer, row["prompt"], row["answer"]) for row in rows]
