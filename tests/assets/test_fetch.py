@@ -408,6 +408,8 @@ def test_grades_are_five_equal_parts_of_the_films_in_the_splits_of_the_reviews()
         assert row["answer"] == datasets.GRADES[row["label"]]
     assert all(abs(count / len(rows) - 0.2) < 0.01 for count in counts)  # ties stay together
     assert all(a[1] < b[0] for a, b in zip(ends, ends[1:], strict=False))
+    tests = [row["label"] for row in grades["test"]]
+    assert [tests.count(label) for label in range(5)] == [201, 191, 197, 220, 191]
     reviews = {name: set(part["text"]) for name, part in datasets.load_reviews("movies", 0).items()}
     for name in ("validation", "test"):  # and the snippets rated exactly 0, which these leave out
         own = [row["text"] for row in grades[name] if row["rating"] != 0]
