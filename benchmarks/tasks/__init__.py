@@ -2,13 +2,23 @@
 
 from functools import partial
 
-from tasks import addition, chinese, distillation, encoder_or_table, grades, reviews, subspaces
+from tasks import (
+    addition,
+    chinese,
+    distillation,
+    encoder_or_table,
+    grades,
+    masking,
+    reviews,
+    subspaces,
+)
 
 TASKS = {
     **{task: (grades.settings_of(task), partial(grades.run, task)) for task in grades.LISTS},
     "addition": (addition.SETTINGS, addition.run),
     **{task: (reviews.settings_of(task), partial(reviews.run, task)) for task in reviews.METHODS},
     "encoder_or_table": (encoder_or_table.SETTINGS, encoder_or_table.run),
+    "masking": (masking.SETTINGS, masking.run),
     "subspaces": (subspaces.SETTINGS, subspaces.run),
     **{
         task: (distillation.settings_of(task), partial(distillation.run, task))
