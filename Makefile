@@ -10,7 +10,7 @@ VENV ?= .venv
 LAB_OPTIONS ?=
 BIN = $(VENV)/bin
 
-.PHONY: lab test assets check unit nbval notebooks exercises bench evidence browser format
+.PHONY: lab test assets check unit nbval notebooks pages exercises bench evidence browser format
 
 lab: $(VENV)/lab.stamp assets
 	$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" $(LAB_OPTIONS) notebooks/00_start_here.ipynb
@@ -60,6 +60,10 @@ nbval: $(VENV)/test.stamp
 # Run every notebook and keep its outputs; commit what comes out.
 notebooks: $(VENV)/test.stamp assets
 	$(BIN)/python tools/run_notebooks.py
+
+# The notebooks as HTML for a browser without a network: build/pages/index.html.
+pages: $(VENV)/test.stamp
+	$(BIN)/python tools/make_pages.py
 
 exercises: $(VENV)/test.stamp
 	$(BIN)/python tools/make_exercises.py

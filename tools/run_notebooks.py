@@ -1,5 +1,6 @@
 """Run notebooks top to bottom and keep their outputs: python tools/run_notebooks.py [FILE ...].
 
+Without a file it runs all of notebooks/ and notebooks/deeper/.
 Progress bars redraw one line many times; only what remains of a line is kept. A notebook that
 fails is left as it was.
 """
@@ -13,6 +14,7 @@ import nbformat
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor, ExecutePreprocessor
 
 ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("notebooks", "notebooks/deeper")
 
 
 def run(path):
@@ -32,5 +34,6 @@ def run(path):
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or sorted((ROOT / "notebooks").glob("*.ipynb")):
+    every = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.ipynb"))]
+    for name in sys.argv[1:] or every:
         run(Path(name).resolve())
