@@ -10,8 +10,8 @@ from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from minipeft.prompts import Prompt, framed
-from minipeft.refusals import refuse_flag, require, shown
-from minipeft.row_checks import checked, of_whole_rows
+from minipeft.refusals import refuse_flag, refuse_size, require, shown
+from minipeft.row_checks import checked, of_whole_rows, refuse_padding
 
 IGNORED = -100  # the default ignore_index of torch's cross_entropy
 
@@ -104,7 +104,8 @@ def position_ids_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
     """
     mask = attention_mask
     valid = isinstance(mask, torch.Tensor) and mask.dim() > 0
-    if valid and type(mask) is torch.Tensor and mask.device.type == "cpu":
+    looked_at = type(mask) is torch.Tensor and not torch.compiler.is_compiling()
+    if valid and looked_at and mask.device.type == "cpu":
         valid = bool(((mask == 0) | (mask == 1)).all())
     if not valid:
         raise ValueError(
@@ -126,33 +127,30 @@ class Collator:
     labels are int64 (batch,), or float32 (batch,) or (batch, labels).
     A model with learned positions, such as GPT-2, needs position_ids when padded on the left
     (claim 1). One that numbers positions differently, such as RoBERTa, must not get them.
+    multiple_of: pad to a multiple of this length, so that batches come in few shapes; a compiled or
+    recorded step needs that (`train`). The loss stays the same, since padding is masked.
     Raises ValueError if there is no pad token, and for rows that cannot be trained on.
     """
 
     def __init__(
-        self, pad_token_id: int, padding_side: str = "right", position_ids: bool = False
+        self,
+        pad_token_id: int,
+        padding_side: str = "right",
+        position_ids: bool = False,
+        multiple_of: int = 1,
     ) -> None:
-        require(
-            pad_token_id is not None,
-            "There is no pad token. Pass tokenizer.eos_token_id: padding is masked by "
-            "position here, so the real EOS stays a target.",
-        )
-        require(
-            _is_whole_number(pad_token_id) and pad_token_id >= 0,
-            f"pad_token_id={shown(pad_token_id)} is no token id; pass a whole number.",
-        )
-        if padding_side not in ("left", "right"):
-            raise ValueError(f"padding_side={shown(padding_side)} is neither 'left' nor 'right'.")
+        refuse_padding(pad_token_id, padding_side)
         refuse_flag("position_ids", position_ids)
-        self.pad_token_id = pad_token_id
-        self.padding_side = padding_side
-        self.position_ids = position_ids
+        refuse_size("multiple_of", multiple_of, "length to pad to")
+        self.pad_token_id, self.padding_side = pad_token_id, padding_side
+        self.position_ids, self.multiple_of = position_ids, multiple_of
 
     def __call__(self, rows: Sequence[Mapping[str, object]]) -> dict[str, torch.Tensor]:
         fill = {"input_ids": self.pad_token_id, "attention_mask": 0, "token_type_ids": 0,
                 "labels": IGNORED}  # fmt: skip
         tensors = checked(rows)
-        seq = max(len(row["input_ids"]) for row in tensors)
+        longest = max(len(row["input_ids"]) for row in tensors)
+        seq = -(-longest // self.multiple_of) * self.multiple_of
         batch = {}
         for name in tensors[0]:
             values = [row[name] for row in tensors]

@@ -1,6 +1,7 @@
 """Checks of encoded rows before `Collator` pads them: rows that cannot be trained on raise."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 
 import torch
 
@@ -104,3 +105,19 @@ def _refuse_row_label(i, label, first):
         f"Row {i} of the batch has labels {shown(label.tolist())}; a class is a whole number "
         "from 0 on, and other labels of rows are finite numbers, as many in each row.",
     )
+
+
+def refuse_padding(pad_token_id: object, padding_side: object) -> None:
+    """Raise ValueError unless the two say how to pad."""
+    require(
+        pad_token_id is not None,
+        "There is no pad token. Pass tokenizer.eos_token_id: padding is masked by "
+        "position here, so the real EOS stays a target.",
+    )
+    whole = isinstance(pad_token_id, Integral) and not isinstance(pad_token_id, bool)
+    require(
+        whole and int(pad_token_id) >= 0,  # type: ignore[call-overload]
+        f"pad_token_id={shown(pad_token_id)} is no token id; pass a whole number.",
+    )
+    if padding_side not in ("left", "right"):
+        raise ValueError(f"padding_side={shown(padding_side)} is neither 'left' nor 'right'.")

@@ -338,3 +338,17 @@ def test_batches_refuse_a_batch_size(size):
         Batches(ROWS, Collator(0), size)
     with pytest.raises(ValueError, match="0 rows"):
         Batches([], Collator(0), 2)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rows_are_padded_to_a_multiple_and_no_loss_changes(side):
+    collate = Collator(PAD, side, position_ids=True, multiple_of=32)
+    longest = max(len(row["input_ids"]) for row in ROWS)
+    assert longest % 32 and collate(ROWS)["input_ids"].shape[1] == -(-longest // 32) * 32
+    short = min(ROWS, key=lambda row: len(row["input_ids"]))  # 32 at the least
+    assert len(short["input_ids"]) < 32 == collate([short])["labels"].shape[1]
+    model, _ = load_base("tiny-gpt2", device="cpu")
+    losses = [model(**c(ROWS)).loss for c in (collate, Collator(PAD, side, position_ids=True))]
+    torch.testing.assert_close(*losses)
+    with pytest.raises(ValueError, match="multiple_of=0 is no length"):
+        Collator(PAD, multiple_of=0)

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from minipeft.freezing import trainable_parameters
-from minipeft.refusals import refuse_no_model, require
+from minipeft.refusals import refuse_no_model, require, shown
 from minipeft.training.distributed import world_size
 from minipeft.training.loss import refuse_kind
+from minipeft.training.modes import CUDA_GRAPHS
 
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COUNTS = ("max_steps", "warmup_steps", "accumulation", "eval_every", "save_every")
@@ -26,6 +27,7 @@ def refuse_bad_input(
     refuse_no_model(model)
     _refuse_numbers(call, groups)
     _refuse_precision(model, call["precision"])
+    _refuse_compile(call)
     for name, given in (("batches", batches), ("eval_batches", call["eval_batches"])):
         repeatable = hasattr(given, "__iter__") and iter(given) is not given
         require(
@@ -78,6 +80,28 @@ def _refuse_precision(model, precision):
             device in ("cpu", "cuda"),
             f"Loss scaling is not tried on {device}; take bfloat16 or float32.",
         )
+
+
+def _refuse_compile(call):
+    how = call["compile"]
+    require(
+        isinstance(how, bool) or how == CUDA_GRAPHS,
+        f'compile={shown(how)} is none of False, True and "{CUDA_GRAPHS}".',
+    )
+    require(
+        not (how and call["gradient_checkpointing"]),
+        "compile does not go with gradient_checkpointing: the compiler decides by itself which "
+        "activations to recompute. Leave one of them out.",
+    )
+    require(
+        not how or world_size() == 1,
+        "compile is not tried on several ranks; leave it out.",
+    )
+    require(
+        how != CUDA_GRAPHS or call["accumulation"] == 1,
+        f'compile="{CUDA_GRAPHS}" replays into the memory of the last gradients, so they cannot '
+        "accumulate; take accumulation=1, or compile=True.",
+    )
 
 
 def _refuse_parameters(model, groups):

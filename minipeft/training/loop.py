@@ -33,7 +33,7 @@ from minipeft.training.loss import (
     refuse_no_targets,
     zero,
 )
-from minipeft.training.modes import in_mode, training
+from minipeft.training.modes import compiled, in_mode, training
 from minipeft.training.optimizer import Stepper, adamw, learning_rate, parameter_groups
 from minipeft.training.random_states import unchanged_random_states
 from minipeft.training.resume import begin_or_resume
@@ -75,6 +75,7 @@ def train(
     max_grad_norm: float | None = 1.0,
     precision: str = "float32",
     gradient_checkpointing: bool = False,
+    compile: bool | str = False,
     eval_batches: Iterable[dict[str, torch.Tensor]] | None = None,
     eval_every: int | None = None,
     checkpoint_dir: str | Path | None = None,
@@ -100,6 +101,10 @@ def train(
     precision: "float32", or "bfloat16" or "float16" for an autocast forward pass; float16 also
     scales the loss. On many CPUs, half precision is far slower than float32.
     gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
+    compile: run training steps through `torch.compile`, or with "reduce-overhead" also record and
+    replay CUDA graphs. Losses equal those of False up to rounding, and the model itself stays as it
+    is. The first steps compile, for minutes with a large model; so does a second length of batch,
+    and a graph is recorded for every length, so pad with Collator(multiple_of=32).
     eval_batches: evaluated every `eval_every` steps and at the end. The model keeps the weights of
     the lowest evaluation loss; without eval_batches, the last weights.
     checkpoint_dir: keeps the newest checkpoint, written every `save_every` steps (default: a tenth
@@ -130,7 +135,8 @@ def train(
     refuse = refuse_batch if loss_sum is DEFAULT_LOSS else refuse_no_targets
     stream = epochs(batches, run.place, partial(checked, model=model, refuse=refuse), run.states)
     bar = bar_of(max_steps, history, progress)
-    with bar, training(model, gradient_checkpointing), lost_rank_explained():
+    modes = training(model, gradient_checkpointing), compiled(model, compile)
+    with bar, modes[0], modes[1], lost_rank_explained():
         for step in range(len(history.lr), max_steps):
             for group, ours in zip(optimizer.param_groups, groups, strict=True):
                 group["lr"] = learning_rate(step, ours["lr"], warmup_steps, max_steps)

@@ -1,11 +1,17 @@
-"""Train and eval mode and gradient checkpointing, set within a `with` block."""
+"""Train and eval mode, gradient checkpointing and compilation, set within a `with` block."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException  # torch has no public name for it
 
 from minipeft.technique.on_model import evaluating
+
+CUDA_GRAPHS = "reduce-overhead"  # torch.compile's name for a mode that replays CUDA graphs
+LOGITS = 32  # a compiled model makes the logits of a multiple of so many positions
 
 
 def switch_checkpointing(model: nn.Module, on: bool) -> None:
@@ -49,3 +55,43 @@ def training(model: nn.Module, gradient_checkpointing: bool) -> Iterator[None]:
         model.zero_grad(set_to_none=True)
         if gradient_checkpointing and not already:
             switch_checkpointing(model, False)
+
+
+@contextmanager
+def compiled(model: nn.Module, how: bool | str) -> Iterator[None]:
+    """In the block, a training step runs what `torch.compile` makes of the model.
+
+    how: False, True, or "reduce-overhead" for CUDA graphs. The model's modules, names and hooks
+    stay as they are: only its `__call__` is replaced, and put back after the block. Dropout draws
+    the same numbers as without compilation.
+    Raises ValueError if the model cannot be compiled here.
+    """
+    if not how:
+        yield
+        return
+    torch.compiler.reset()  # torch gives up after eight compilations of a function in one process
+    before = model._compiled_call_impl
+    model.compile(options={"fallback_random": True, "triton.cudagraphs": how == CUDA_GRAPHS})
+    call: Any = model._compiled_call_impl
+
+    def in_few_shapes(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():  # an evaluation would be compiled apart
+            return model._call_impl(*args, **kwargs)
+        # The first target of a batch decides how many logits are asked for. Some more do not
+        # matter, since they are counted from the end, but every other number is a new shape.
+        if keep := kwargs.get("logits_to_keep"):
+            kwargs["logits_to_keep"] = -(-keep // LOGITS) * LOGITS
+        return call(*args, **kwargs)
+
+    model._compiled_call_impl = in_few_shapes
+    try:
+        yield
+    except TorchDynamoException as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
+        raise ValueError(
+            f"torch.compile cannot compile this {type(model).__name__} here ({reason}). Install a "
+            "C++ compiler such as g++ if that is what is missing, or train with compile=False."
+        ) from error
+    finally:
+        model._compiled_call_impl = before
+        torch.compiler.reset()  # frees the memory of the graphs
