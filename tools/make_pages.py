@@ -94,13 +94,6 @@ def title(notebook):
     raise ValueError("the notebook has no title")
 
 
-def section_names(notebook):
-    """The names that a link with #name can lead to."""
-    text = "\n\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
-    soup = BeautifulSoup(markdown(text), "html.parser")
-    return {element["id"] for element in soup.select("[id]")}
-
-
 def without_widgets(notebook):
     """A page has no kernel: drop progress bars, and say where a control would be."""
     for cell in notebook.cells:
@@ -211,11 +204,23 @@ def write_index(titles, out):
 
 
 def write_all(out):
+    """Write every page; ValueError lists all that is wrong in the notebooks, after the last one."""
     order = notebooks()
     out.mkdir(parents=True, exist_ok=True)
-    write_index({path: write_page(path, out, order) for path in order}, out)
+    titles, faults = {}, []
+    for path in order:
+        try:
+            titles[path] = write_page(path, out, order)
+        except ValueError as error:
+            faults.append(str(error))
+    if faults:
+        raise ValueError("\n".join(["not all pages could be written", *faults]))
+    write_index(titles, out)
     print(f"{len(order)} pages: {out / 'index.html'}")
 
 
 if __name__ == "__main__":
-    write_all(Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "build/pages").resolve())
+    try:
+        write_all(Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "build/pages").resolve())
+    except ValueError as error:
+        sys.exit(str(error))
