@@ -130,9 +130,9 @@ def way_on(notebook, path):
     ]
 
 
-def calls(notebook):
-    """Every call of a plain or dotted name in the code: (last part of the name, the node)."""
-    for node in ast.walk(tree(notebook)):
+def calls(code):
+    """Every call of a plain or dotted name: (last part of the name, the node)."""
+    for node in ast.walk(code):
         if isinstance(node, ast.Call):
             name = getattr(node.func, "id", getattr(node.func, "attr", None))
             yield name, node
@@ -161,13 +161,13 @@ def diagrams():
 def picture(notebook):
     drawn = diagrams() | {"blank"}  # blank: a diagram drawn in the notebook, from boxes
     images = any("<img " in make_pages.markdown(c.source) for c in markdown_cells(notebook))
-    if images or any(name in drawn for name, _ in calls(notebook)):
+    if images or any(name in drawn for name, _ in calls(tree(notebook))):
         return []
     return ["there is no diagram: call stack_diagram() or another of minipeft.figures"]
 
 
 def stack_picture(notebook, method):
-    for name, call in calls(notebook):
+    for name, call in calls(tree(notebook)):
         given = [*call.args[:1], *(k.value for k in call.keywords if k.arg == "highlight")]
         if name == "stack_diagram" and [getattr(g, "value", None) for g in given] == [method]:
             return []
@@ -182,8 +182,6 @@ def stack_picture(notebook, method):
 def own_method(notebook, module):
     """A short class or function of the notebook, compared with what the package's module does."""
     code = tree(notebook)
-    own = [n for n in code.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
-    short = {n.name for n in own if n.end_lineno - n.lineno < METHOD_LINES}
     package = vars(importlib.import_module(module))
     theirs = {
         alias.asname or alias.name
@@ -191,16 +189,19 @@ def own_method(notebook, module):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "minipeft"
         for alias in node.names
         if getattr(package.get(alias.name), "__module__", None) == module
+        or f"minipeft.{alias.name}" == module
     }
-    mine, from_package = carriers(code, short), carriers(code, theirs)
-    for node in ast.walk(code):
-        if isinstance(node, ast.Call):
-            name = getattr(node.func, "attr", getattr(node.func, "id", None))
-            compared = [names(argument) for argument in node.args[:2]]
-            if name in {"equal", "assert_close"} and len(compared) == 2:
-                for one, other in (compared, compared[::-1]):
-                    if one & mine and other & from_package:
-                        return []
+    from_package = comparisons(code, theirs)
+    for own in code.body:
+        short = isinstance(own, (ast.FunctionDef, ast.ClassDef))
+        if short and own.end_lineno - own.lineno < METHOD_LINES:
+            for call, mine in comparisons(code, {own.name}).items():
+                sides = [names(argument) for argument in call.args[:2]]
+                # A helper that both sides use is no method, and neither side is the other.
+                for one, other in (sides, sides[::-1]):
+                    if one & mine and not one & from_package[call]:
+                        if other & from_package[call] and not other & mine:
+                            return []
     return [
         f"no class or function of at most {METHOD_LINES} lines is written in the notebook and "
         f"compared by torch.equal or assert_close with what {module} does"
@@ -211,27 +212,62 @@ def names(node):
     return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
 
 
-def carriers(code, origins):
-    """The names whose values depend on `origins`: assigned from them, changed by them, and on."""
-    carry = set(origins)
-    while True:
-        found = set(carry)
-        for node in ast.walk(code):
-            if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.NamedExpr)):
-                if node.value is not None and names(node.value) & carry:
-                    for target in getattr(node, "targets", None) or [node.target]:
-                        found |= names(target)
-            elif isinstance(node, ast.For) and names(node.iter) & carry:
-                found |= names(node.target)
-            elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                if any(names(line) & carry for line in node.body):
-                    found.add(node.name)
-            elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-                if names(node.value.func) & carry:  # wrap(model) changes model
-                    found |= {a.id for a in node.value.args if isinstance(a, ast.Name)}
-        if found == carry:
-            return carry
-        carry = found
+def comparisons(code, origins):
+    """{call of torch.equal and the like: the names that then depend on `origins`}."""
+    found, carry = {}, set(origins)
+
+    def keep(target, value):
+        pairs = [(target, value)]
+        if both_tuples(target, value):  # a, b = mine(x), theirs(x)
+            pairs = list(zip(target.elts, value.elts, strict=True))
+        changes = [(each, bool(names(v) & carry)) for each, v in pairs]
+        for each, depends in changes:
+            if depends:
+                carry.update(names(each))
+            elif not isinstance(each, (ast.Attribute, ast.Subscript)):
+                carry.difference_update(names(each))  # a new value under an old name
+
+    def walk(statements):
+        for line in statements:
+            inner = [getattr(line, part, []) for part in ("body", "orelse", "finalbody")]
+            if isinstance(line, (ast.FunctionDef, ast.ClassDef)):
+                note(line)
+                if line.name not in origins:
+                    (carry.add if names(line) & carry else carry.discard)(line.name)
+                continue
+            if not any(inner):
+                note(line)
+            if isinstance(line, ast.Assign):
+                for target in line.targets:
+                    keep(target, line.value)
+            elif isinstance(line, ast.For):
+                keep(line.target, line.iter)
+            elif isinstance(line, ast.With):
+                for item in line.items:
+                    if item.optional_vars:
+                        keep(item.optional_vars, item.context_expr)
+            elif isinstance(line, ast.Expr) and isinstance(line.value, ast.Call):
+                call = line.value  # wrap(model) changes the model
+                if names(call.func) & carry and call.args and isinstance(call.args[0], ast.Name):
+                    carry.add(call.args[0].id)
+            for part in inner:
+                walk(part)
+
+    def note(line):
+        for name, call in calls(line):
+            if name in {"equal", "allclose", "assert_close"} and len(call.args) > 1:
+                found[call] = set(carry)
+
+    walk(code.body)
+    return found
+
+
+def both_tuples(target, value):
+    return (
+        isinstance(target, ast.Tuple)
+        and isinstance(value, ast.Tuple)
+        and len(target.elts) == len(value.elts)
+    )
 
 
 def everywhere(notebook, path):

@@ -170,6 +170,14 @@ BAD = {
     "not compared": (replaced(4, "torch.equal(", "bool("), "no class or function of at most 25"),
     "compared with itself": (replaced(4, "theirs(", "mine("), "no class or function of at most"),
     "compared with the base": (replaced(3, "add_lora(", "print("), "compared by torch.equal"),
+    "helper on both sides": (
+        replaced(4, "theirs(ids)", "LoRA(theirs)(ids)"),
+        "compared by torch.equal",
+    ),
+    "value replaced": (
+        replaced(4, "assert", "mine = load_base()\nassert"),
+        "compared by torch.equal",
+    ),
     "method of the package": (replaced(3, "LoRA(", "add_lora("), "compared by torch.equal"),
     "no next": (replaced(5, "12_distillation", "10_adapters"), "no link to notebooks/12_dist"),
     "no exercise": (replaced(5, "../exercises", "../solutions"), "no link to exercises/11_lora"),
@@ -202,6 +210,15 @@ def test_a_spoilt_notebook_is_named(spoil, sentence):
     notebook = copy.deepcopy(good())
     spoil(notebook)
     assert sentence in "\n".join(said_of(notebook))
+
+
+def test_a_comparison_may_use_names_and_tolerances():
+    notebook = good()
+    notebook.cells[4].source = (
+        "with torch.no_grad():\n    a, b = mine(ids).logits, theirs(ids).logits\n"
+        "assert torch.allclose(a, b)\na = 0"
+    )
+    assert said_of(notebook) == []
 
 
 def test_a_lesson_without_a_method_needs_some_diagram():
