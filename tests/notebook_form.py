@@ -287,8 +287,9 @@ def numbered_claims(notebook):
     for i, cell in enumerate(notebook.cells):
         texts = {f"cell {i}": cell.source}
         for output in cell.get("outputs", []):
-            shown = [output.get("text", ""), *map(str, output.get("data", {}).values())]
-            texts[f"the output of cell {i}"] = "\n".join(t for t in shown if len(t) < 20_000)
+            data = output.get("data", {})
+            shown = [output.get("text", ""), *(data[k] for k in data if k.startswith("text/"))]
+            texts[f"the output of cell {i}"] = re.sub(r"<[^>]*>", "", "\n".join(shown))
         for place, text in texts.items():
             if found := re.search(r"\b[Cc]laims?[ \n]*\(?(number |no\. ?|#)?\d+", text):
                 said.append(f"{place} says '{found[0]}'; name the claim in words")
@@ -358,15 +359,23 @@ def targets(notebook, path):
 
 
 def urls(notebook):
+    for i, text in pieces(notebook):
+        for element in BeautifulSoup(text, "html.parser").select("a[href], img[src]"):
+            yield i, element.name, element.get("href") or element.get("src")
+
+
+def pieces(notebook):
+    """(index of the cell, HTML) of every markdown cell and every output that is HTML."""
     for i, cell in enumerate(notebook.cells):
         if cell.cell_type == "markdown":
-            soup = BeautifulSoup(rendered(cell.source), "html.parser")
-            for element in soup.select("a[href], img[src]"):
-                yield i, element.name, element.get("href") or element.get("src")
+            yield i, rendered(cell.source)
+    for i, output in outputs(notebook):
+        yield i, output.get("data", {}).get("text/html", "")
 
 
 def links(notebook, path):
     said = []
+    known = {}
     for i, _, url in urls(notebook):
         parts = urlsplit(url)
         if parts.scheme or parts.netloc:
@@ -375,9 +384,10 @@ def links(notebook, path):
         if parts.path and not target.exists():
             said.append(f"cell {i} links to {url}, which is not there")
         elif parts.fragment and target.suffix in {".ipynb", ".md"}:
-            there = notebook if target == path else load(target)
-            if unquote(parts.fragment) not in sections(there):
-                near = [s for s in sections(there) if s.lower() == parts.fragment.lower()]
+            if target not in known:
+                known[target] = sections(notebook if target == path else load(target))
+            if unquote(parts.fragment) not in known[target]:
+                near = [s for s in known[target] if s.lower() == parts.fragment.lower()]
                 hint = f"; it has #{near[0]}" if near else ""
                 said.append(f"cell {i} links to {url}: no such section{hint}")
     return said
@@ -386,7 +396,7 @@ def links(notebook, path):
 def sections(there):
     """The names in a notebook as JupyterLab makes them, in a markdown file as GitHub does."""
     if not isinstance(there, str):
-        soups = [BeautifulSoup(rendered(c.source), "html.parser") for c in markdown_cells(there)]
+        soups = [BeautifulSoup(text, "html.parser") for _, text in pieces(there)]
         return {element["id"] for soup in soups for element in soup.select("[id]")}
     titles = re.findall(r"^#+ (.+)", there, re.M)
     return {re.sub(r"[^\w\- ]", "", t.lower()).strip().replace(" ", "-") for t in titles}
