@@ -5,8 +5,8 @@ color-blind reader (tests/figures). Methods of one family share a color and diff
 line, so a figure can be read in black and white too.
 """
 
-BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#00856A", "#8E3B9E"
-GOLD, GREY, BLACK = "#A67C00", "#737373", "#000000"
+BLUE, ORANGE, GREEN, PURPLE = "#0B7FC7", "#B94500", "#147349", "#8E3B9E"
+GOLD, GREY, BLACK = "#B98803", "#737373", "#000000"
 
 STYLES = {  # color, marker, line
     "zero-shot": (GREY, "x", ":"),
