@@ -527,7 +527,7 @@ def test_the_readme_says_what_train_measured():
         [peak[targets, "minipeft"] / peak[targets, other] for other in ("Trainer", "TRL")]
         for targets in ("16", "128")
     )
-    readme = " ".join((FOLDER.parent / "README.md").read_text(encoding="utf-8").split())
+    readme = " ".join((FOLDER.parent / "docs/package.md").read_text(encoding="utf-8").split())
     assert f"{few[0]:.2f} of the peak memory of HF's `Trainer` and {few[1]:.2f} of that" in readme
     assert f"the peaks are {all_of_them[0]:.2f} and {all_of_them[1]:.2f}." in readme
 
@@ -560,7 +560,7 @@ def test_the_readme_says_what_qlora_measured():
         seq: statistics.median(r["nf4"] / r["float32"] for (s, _), r in rounds.items() if s == seq)
         for seq in ("64", "256")
     }
-    readme = " ".join((FOLDER.parent / "README.md").read_text(encoding="utf-8").split())
+    readme = " ".join((FOLDER.parent / "docs/package.md").read_text(encoding="utf-8").split())
     wanted = (
         f"takes {ratios['64']:.2f} times as long as on float32 with 4 x 64 tokens, "
         f"and {ratios['256']:.2f} times with 4 x 256"

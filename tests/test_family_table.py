@@ -96,7 +96,7 @@ def test_a_refusal_or_a_family_that_is_not_built_has_a_sentence(table):
 
 
 def test_the_readme_gives_its_counts(table):
-    readme = (families.TABLE.parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = (families.TABLE.parents[1] / "docs/package.md").read_text(encoding="utf-8")
     for kind, title in (("causal", "causal language models"), ("classifier", "classifiers")):
         rows = [r for r in table if r["kind"] == kind and r["result"] != "not built"]
         built = {r["family"].partition(",")[0] for r in rows}

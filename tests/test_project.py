@@ -10,6 +10,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+INSTALL = (ROOT / "docs/install.md").read_text(encoding="utf-8")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -38,13 +39,13 @@ def test_conda_pip_and_make_install_the_same_project():
     as_tuple = lambda version: tuple(map(int, version.split(".")))  # noqa: E731
     assert as_tuple(python.removeprefix("python=")) >= as_tuple(minimum)
     assert f"Python {minimum}" in README
-    assert "conda env create -f environment.yml" in code_blocks(README)
+    assert "conda env create -f environment.yml" in code_blocks(INSTALL)
     makefile = (ROOT / "Makefile").read_text()
     for line in ('pip install -e ".[course]"', "python -m minipeft.assets", "jupyter lab"):
-        assert line in code_blocks(README), f"the README's lines for Windows lack: {line}"
+        assert line in code_blocks(INSTALL), f"the lines for Windows lack: {line}"
         assert line in makefile
     extras = PYPROJECT["project"]["optional-dependencies"]
-    assert set(re.findall(r"-e \"?\.\[(\w+)\]", makefile + README)) <= set(extras)
+    assert set(re.findall(r"-e \"?\.\[(\w+)\]", makefile + README + INSTALL)) <= set(extras)
 
 
 def test_every_make_target_that_the_readme_names_exists():
@@ -55,10 +56,13 @@ def test_every_make_target_that_the_readme_names_exists():
         assert re.search(rf"^{target}:", makefile, re.M), f"the README names make {target}"
 
 
-def test_every_link_of_the_readme_leads_somewhere():
-    for link in re.findall(r"\]\(([^)#\s]+)", README):
+@pytest.mark.parametrize("page", ["README.md", "docs/install.md", "docs/package.md"])
+def test_every_link_of_a_page_leads_somewhere(page):
+    for link in re.findall(r"\]\(([^)#\s]+)", (ROOT / page).read_text(encoding="utf-8")):
         if "://" not in link:
-            assert (ROOT / link).exists(), f"README links to {link}, which is not there"
+            assert ((ROOT / page).parent / link).exists(), (
+                f"{page} links to {link}, which is not there"
+            )
 
 
 def test_every_path_that_contributing_names_is_there():
