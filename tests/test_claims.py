@@ -133,6 +133,30 @@ def test_text_alone_shows_every_claim_too():
     assert len(lines) == 35 and all(r["claim_zh"] in x for r, x in zip(ROWS, lines, strict=True))
 
 
+def test_notebook_00_shows_the_file_as_it_is():
+    notebook = json.loads((NOTEBOOKS / "00_start_here.ipynb").read_text(encoding="utf-8"))
+    assert headings("00_start_here.ipynb").count("Claims") == 1, "other notebooks link to #Claims"
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    shown = ["".join(output.get("data", {}).get("text/html", "")) for output in outputs]
+    assert claims_table()._repr_html_() in shown, "run notebook 00 again"
+
+
+def test_the_search_box_of_notebook_00_filters_the_table_as_you_type():
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    path = NOTEBOOKS / "00_start_here.ipynb"
+    (cell,) = (c.source for c in nbformat.read(path, 4).cells if "search.observe" in c.source)
+    imports = (
+        "import ipywidgets as widgets\nfrom IPython.display import display\n"
+        "from minipeft.claims import claims_table"
+    )
+    typed = 'search.value = "PADDING"\nlanguage.value = "zh"'
+    cells = [nbformat.v4.new_code_cell(source) for source in (imports, cell, typed)]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    nbclient.NotebookClient(notebook, timeout=120).execute()
+    shown = [output.data["text/html"] for output in cells[1].outputs if "text/html" in output.data]
+    assert shown == [claims_table("zh", "padding")._repr_html_()]
+
+
 def test_anchors_are_those_of_jupyter():
     nbconvert = pytest.importorskip("nbconvert.filters.markdown_mistune")
     for heading in sorted({row["section"] for row in ROWS} | {'What is "A" / B & 50 %?'}):
