@@ -11,7 +11,6 @@ from run_notebooks import FOLDERS
 # Notebooks that still have their first form. The list is to become empty, and then to go.
 NOT_YET = {
     "00_start_here",
-    "03_training_loop",
     "04_memory_math",
     "05_freezing",
     "06_prompt_tuning",
@@ -19,7 +18,6 @@ NOT_YET = {
     "08_prefix_tuning",
     "09_p_tuning_v2",
     "10_adapters",
-    "11_lora",
     "12_distillation",
     "13_choosing_a_method",
     "14_beyond_one_machine",
