@@ -20,7 +20,6 @@ NOT_YET = {
     "10_adapters",
     "12_distillation",
     "13_choosing_a_method",
-    "14_beyond_one_machine",
 }
 CORE = sorted((ROOT / "notebooks").glob("*.ipynb"))
 DEEPER = sorted((ROOT / "notebooks/deeper").glob("*.ipynb"))
