@@ -74,7 +74,7 @@ METHODS = {
     "transfer": {
         "zero-shot": ((), 0, untrained),
         "question": ((), 0, lambda m: add_prefix_tuning(m, 10, text=TEXT)),
-        "LoRA": ((2e-3,), 60, add_lora),
+        "LoRA": ((5e-4, 1e-3, 2e-3), 60, add_lora),
         "prompt tuning": ((1e-2, 3e-2), 60, lambda m: add_prompt_tuning(m, 10, "text", TEXT)),
         "prefix-tuning": ((1e-2,), 60, lambda m: add_prefix_tuning(m, 10, text=TEXT)),
         "P-tuning v2": ((1e-2,), 60, add_p_tuning_v2),
