@@ -10,7 +10,6 @@ from run_notebooks import FOLDERS
 
 # Notebooks that still have their first form. The list is to become empty, and then to go.
 NOT_YET = {
-    "00_start_here",
     "04_memory_math",
     "05_freezing",
     "06_prompt_tuning",
@@ -19,7 +18,6 @@ NOT_YET = {
     "09_p_tuning_v2",
     "10_adapters",
     "12_distillation",
-    "13_choosing_a_method",
 }
 CORE = sorted((ROOT / "notebooks").glob("*.ipynb"))
 DEEPER = sorted((ROOT / "notebooks/deeper").glob("*.ipynb"))
