@@ -72,10 +72,10 @@ def _arrows(axis: Axes) -> None:
     """One step round the cycle, the detour of accumulation, and what goes into a step."""
     for first, second in zip(CYCLE, CYCLE[1:] + CYCLE[:1], strict=True):
         a, b = PARTS[first], PARTS[second]
-        right, middle = a.x < b.x, TALL / 2
+        onward, middle = a.x < b.x, TALL / 2
         if a.y == b.y:
-            start = (a.x + a.width if right else a.x, a.y + middle)
-            arrow(axis, start, (b.x if right else b.x + b.width, b.y + middle))
+            start = (a.x + a.width if onward else a.x, a.y + middle)
+            arrow(axis, start, (b.x if onward else b.x + b.width, b.y + middle))
         else:
             up = b.y > a.y
             x = a.x + a.width / 2
