@@ -4,6 +4,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import nbformat
 import pytest
@@ -90,7 +91,7 @@ def test_links_between_pages_lead_to_pages_and_sections(pages):
                 if section and target.suffix == ".html":
                     key = target.resolve().relative_to(out.resolve()).as_posix()
                     ids = {element["id"] for element in every[key][1].select("[id]")}
-                    assert section in ids, f"{name} links to {link['href']}"
+                    assert unquote(section) in ids, f"{name} links to {link['href']}"
 
 
 @pytest.fixture
