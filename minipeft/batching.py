@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from numbers import Integral
 from typing import NotRequired, TypedDict
 
 import torch
@@ -11,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from minipeft.prompts import Prompt, framed
 from minipeft.refusals import refuse_flag, refuse_size, require, shown
-from minipeft.row_checks import checked, of_whole_rows, refuse_padding
+from minipeft.row_checks import checked, is_whole_number, of_whole_rows, refuse_padding
 
 IGNORED = -100  # the default ignore_index of torch's cross_entropy
 
@@ -74,7 +73,7 @@ def encode(
     if max_length is not None:
         least = len(before) + min(1, len(text)) + min(1, len(reply)) + len(end)
         require(
-            _is_whole_number(max_length) and max_length >= least,
+            is_whole_number(max_length) and max_length >= least,
             f"max_length={shown(max_length)} is too short or no whole number: the smallest row "
             "of this tokenizer, with a token each of prompt and answer and the special ones, "
             f"has {least} tokens.",
@@ -88,10 +87,6 @@ def encode(
     if answer is not None:
         row["labels"] = [IGNORED] * (len(before) + len(text)) + [*reply, *end]
     return row
-
-
-def _is_whole_number(value):
-    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def position_ids_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -193,20 +188,20 @@ class Batches:
                 f"Rows are a list of encoded rows, or one split of a data set; got {shown(rows)}."
             )
         require(
-            _is_whole_number(batch_size) and batch_size >= 1 and len(rows) > 0,
+            is_whole_number(batch_size) and batch_size >= 1 and len(rows) > 0,
             f"{len(rows)} rows do not go into batches of {shown(batch_size)} rows.",
         )
         require(callable(collate), f"{shown(collate)} cannot collate rows; pass a Collator.")
         refuse_flag("group_by_length", group_by_length)
         refuse_flag("shuffle", shuffle)
-        require(_is_whole_number(seed), f"seed={shown(seed)} is no whole number.")
+        require(is_whole_number(seed), f"seed={shown(seed)} is no whole number.")
         self.rows, self.collate, self.batch_size = rows, collate, batch_size
         self.seed, self.epoch, self.shuffle = seed, 0, shuffle
         self.lengths = _lengths(rows) if group_by_length else None
 
     def set_epoch(self, epoch: int) -> None:
         """Use the order of this epoch, an integer from 0 on."""
-        valid = _is_whole_number(epoch) and epoch >= 0
+        valid = is_whole_number(epoch) and epoch >= 0
         require(valid, f"epoch={shown(epoch)} is no whole number from 0 on.")
         self.epoch = epoch
 

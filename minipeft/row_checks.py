@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
+from typing import TypeGuard
 
 import torch
 
@@ -107,6 +108,11 @@ def _refuse_row_label(i, label, first):
     )
 
 
+def is_whole_number(value: object) -> TypeGuard[int]:
+    """Is it an integer, of Python or NumPy, and no bool?"""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def refuse_padding(pad_token_id: object, padding_side: object) -> None:
     """Raise ValueError unless the two say how to pad."""
     require(
@@ -114,9 +120,8 @@ def refuse_padding(pad_token_id: object, padding_side: object) -> None:
         "There is no pad token. Pass tokenizer.eos_token_id: padding is masked by "
         "position here, so the real EOS stays a target.",
     )
-    whole = isinstance(pad_token_id, Integral) and not isinstance(pad_token_id, bool)
     require(
-        whole and int(pad_token_id) >= 0,  # type: ignore[call-overload]
+        is_whole_number(pad_token_id) and pad_token_id >= 0,
         f"pad_token_id={shown(pad_token_id)} is no token id; pass a whole number.",
     )
     if padding_side not in ("left", "right"):

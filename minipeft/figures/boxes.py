@@ -34,11 +34,10 @@ def box(axis: Axes, x: float, y: float, width: float, height: float, text: str =
 
 
 def arrow(axis: Axes, start: tuple[float, float], end: tuple[float, float], text: str = "",
-          color: str = BLACK, dashed: bool = False, curve: float = 0.0) -> None:  # fmt: skip
-    """An arrow from one point to another, with a text at its middle. curve: 0 is straight."""
+          color: str = BLACK, dashed: bool = False) -> None:  # fmt: skip
+    """An arrow from one point to another, with a text at its middle."""
     properties = dict(arrowstyle="-|>", color=color, linestyle="--" if dashed else "-",
-                      linewidth=1.2, shrinkA=0, shrinkB=0,
-                      connectionstyle=f"arc3,rad={curve}")  # fmt: skip
+                      linewidth=1.2, shrinkA=0, shrinkB=0)  # fmt: skip
     axis.annotate("", end, start, arrowprops=properties)
     if text:
         middle = ((start[0] + end[0]) / 2, (start[1] + end[1]) / 2 + 0.1)

@@ -3,18 +3,8 @@
 import matplotlib.pyplot as plt
 import pytest
 
-from minipeft.figures import STYLES, plots
+from minipeft.figures import STYLES
 from minipeft.figures.decision_tree import LAST, STEPS, decision_tree
-
-
-@pytest.fixture
-def shown_outputs(monkeypatch):
-    """What `show` hands to the notebook: a list of (data, metadata)."""
-    outputs = []
-    monkeypatch.setattr(
-        plots, "display", lambda data, raw, metadata: outputs.append((data, metadata))
-    )
-    return outputs
 
 
 @pytest.mark.parametrize("method", [None, *(step[3] for step in STEPS), LAST[1]])

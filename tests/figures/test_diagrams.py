@@ -3,17 +3,7 @@
 import matplotlib.pyplot as plt
 import pytest
 
-from minipeft.figures import STYLES, plots, show, stack, stack_diagram
-
-
-@pytest.fixture
-def shown_outputs(monkeypatch):
-    """What `show` hands to the notebook: a list of (data, metadata)."""
-    outputs = []
-    monkeypatch.setattr(
-        plots, "display", lambda data, raw, metadata: outputs.append((data, metadata))
-    )
-    return outputs
+from minipeft.figures import STYLES, show, stack, stack_diagram
 
 
 @pytest.mark.parametrize("method", [None, *stack.PLACES])

@@ -2,23 +2,14 @@
 
 import pytest
 
-from minipeft.figures import plots
 from minipeft.figures.label_rows import label_rows
 
 
-@pytest.fixture
-def texts(monkeypatch):
-    """The alternative texts of the figures shown."""
-    outputs = []
-    monkeypatch.setattr(plots, "display", lambda data, raw, metadata: outputs.append(data))
-    return lambda: [data["text/plain"] for data in outputs]
-
-
-def test_the_text_says_which_positions_are_trained(texts):
+def test_the_text_says_which_positions_are_trained(shown_outputs):
     label_rows()
     label_rows(masked=7)
     label_rows("abcd", prompt=1, masked=0)
-    right, off_by_one, unmasked = texts()
+    right, off_by_one, unmasked = (data["text/plain"] for data, _ in shown_outputs)
     assert "8 of them the prompt" in right and right.endswith("at positions 7, 8.")
     assert "first 7 are -100" in off_by_one and off_by_one.endswith("at positions 6, 7, 8.")
     assert unmasked.endswith("at positions 0, 1, 2.")  # the first token is never predicted

@@ -3,18 +3,7 @@
 import matplotlib.pyplot as plt
 import pytest
 
-from minipeft.figures import plots
 from minipeft.figures.loop_cycle import CYCLE, PARTS, loop_cycle
-
-
-@pytest.fixture
-def shown_outputs(monkeypatch):
-    """What `show` hands to the notebook: a list of (data, metadata)."""
-    outputs = []
-    monkeypatch.setattr(
-        plots, "display", lambda data, raw, metadata: outputs.append((data, metadata))
-    )
-    return outputs
 
 
 @pytest.mark.parametrize("name", [None, *PARTS])

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from minipeft.figures import plots
 from minipeft.figures.memory_bars import memory_bars
 from minipeft.figures.memory_timeline import _at_the_same_place, memory_timeline
 
@@ -16,20 +15,15 @@ PARTS = {
 PHASES = [("forward", 0), ("backward", 2), ("forward", 5)]
 
 
-@pytest.fixture
-def alts(monkeypatch):
+def alts(outputs):
     """The alternative texts that `show` hands to the notebook."""
-    found = []
-    monkeypatch.setattr(
-        plots, "display", lambda data, raw, metadata: found.append(metadata["image/png"]["alt"])
-    )
-    return found
+    return [metadata["image/png"]["alt"] for _, metadata in outputs]
 
 
 @pytest.mark.parametrize("measured", [None, ([GIB] * 12, [(n, 2 * at) for n, at in PHASES])])
-def test_the_text_says_where_the_peak_is(alts, measured):
+def test_the_text_says_where_the_peak_is(shown_outputs, measured):
     memory_timeline(PARTS, PHASES, "A step", measured=measured)
-    assert alts == [
+    assert alts(shown_outputs) == [
         "A step. Memory over 3 phases, stacked by part. It peaks at 6.000 GiB in backward number "
         "1, where the largest part is logits with 3.000 GiB."
     ]
@@ -54,8 +48,10 @@ def test_what_cannot_be_drawn_is_refused(parts, phases, told):
         memory_timeline(parts, phases, "A step")
 
 
-def test_bars_say_their_totals_and_need_a_row(alts):
+def test_bars_say_their_totals_and_need_a_row(shown_outputs):
     memory_bars({"full": {"parameters": GIB, "logits": GIB}, "LoRA": {"parameters": GIB}}, "Peaks")
-    assert alts == ["Peaks. Bars stacked by part; totals in GiB: full 2.00, LoRA 1.00."]
+    assert alts(shown_outputs) == [
+        "Peaks. Bars stacked by part; totals in GiB: full 2.00, LoRA 1.00."
+    ]
     with pytest.raises(ValueError, match="no row"):
         memory_bars({}, "Peaks")

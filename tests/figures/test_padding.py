@@ -2,16 +2,13 @@
 
 import pytest
 
-from minipeft.figures import plots
 from minipeft.figures.padding import padding_diagram
 
 
-def test_the_batch_is_drawn_with_both_sides(monkeypatch):
-    outputs = []
-    monkeypatch.setattr(plots, "display", lambda data, raw, metadata: outputs.append(data))
+def test_the_batch_is_drawn_with_both_sides(shown_outputs):
     padding_diagram()
     padding_diagram([["a"], ["b", "c"], ["d"]])
-    one, other = outputs
+    one, other = (data for data, _ in shown_outputs)
     assert one["image/png"].startswith(b"\x89PNG") and one["image/png"] != other["image/png"]
     for data, size in ((one, "2 rows as one batch of 5"), (other, "3 rows as one batch of 2")):
         assert size in data["text/plain"] and "on the right and on the left" in data["text/plain"]

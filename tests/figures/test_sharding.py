@@ -3,18 +3,8 @@
 import matplotlib.pyplot as plt
 import pytest
 
-from minipeft.figures import plots, sharding
+from minipeft.figures import sharding
 from minipeft.figures.sharding import PARTS, STAGES, sharding_diagram
-
-
-@pytest.fixture
-def shown_outputs(monkeypatch):
-    """What `show` hands to the notebook: a list of (data, metadata)."""
-    outputs = []
-    monkeypatch.setattr(
-        plots, "display", lambda data, raw, metadata: outputs.append((data, metadata))
-    )
-    return outputs
 
 
 @pytest.mark.parametrize("name", [None, *STAGES])
