@@ -10,7 +10,6 @@ from run_notebooks import FOLDERS
 
 # Notebooks that still have their first form. The list is to become empty, and then to go.
 NOT_YET = {
-    "04_memory_math",
     "05_freezing",
     "06_prompt_tuning",
     "07_p_tuning",

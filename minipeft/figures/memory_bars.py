@@ -22,7 +22,7 @@ def memory_bars(rows: Mapping[str, Mapping[str, int]], title: str) -> None:
         for name, size in parts.items():
             axis.barh(label, size / GIB, left=left, color=COLORS[name], edgecolor="white",
                       height=0.7)  # fmt: skip
-            if size / GIB > 0.07 * longest and place == 0:
+            if size / GIB > 0.12 * longest and place == 0:
                 axis.text(left + size / GIB / 2, place, name, ha="center", va="center",
                           fontsize=8, color="white")  # fmt: skip
             left += size / GIB

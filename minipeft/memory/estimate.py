@@ -72,8 +72,8 @@ class Memory:
             from matplotlib import pyplot
 
             ax = pyplot.figure().add_subplot()
-        colors = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#000000", "#BBBBBB",
-                  "#AA3377")  # fmt: skip
+        colors = ("#737373", "#147349", "#B98803", "#0B7FC7", "#8E3B9E", "#000000", "#B94500",
+                  "#BBBBBB")  # fmt: skip
         bottom, first = 0.0, not ax.patches
         sizes = (self.at_peak or self.parts).items()
         for (name, nbytes), color in zip(sizes, colors, strict=False):
