@@ -673,3 +673,35 @@ def test_coverage_simulates_what_it_says(monkeypatch):
     assert x.shape == (3, 50) and set(x.unique().tolist()) <= {-1.0, 0.0, 1.0}
     halves = coverage.halves(x)
     assert halves["both"][1] >= halves["rows"][1] > 0
+
+
+def test_idle_time_is_what_no_kernel_covers():
+    waits = importlib.import_module("waits")
+    busy = waits.joined([(5, 8), (0, 2), (1, 3), (10, 11)])
+    assert busy == [(0, 3), (5, 8), (10, 11)]
+    assert waits.gaps(busy) == [(3, 5), (8, 10)]
+    assert waits.overlap(waits.gaps(busy), [(0, 4), (9, 20)]) == 2
+    assert waits.overlap([(0, 10)], [(1, 2), (3, 5)]) == 3
+
+
+def test_waits_stores_each_round_once_and_the_losses_agree(tmp_path, monkeypatch):
+    waits = importlib.import_module("waits")
+    monkeypatch.setattr(waits, "pick_device", lambda: torch.device("cpu"))
+    compiled = {"train, compile", "train, compile, no buckets"}  # tests/training/test_compile.py
+    made = waits.contenders
+    monkeypatch.setattr(
+        waits, "contenders", lambda *a: {n: c for n, c in made(*a).items() if n not in compiled}
+    )
+    out = tmp_path / "waits.csv"
+    words = ["--base", "tiny", "--shapes", "2x16", "--precisions", "float32", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["waits.py", *words, "--mixed", "--out", str(out)])
+    waits.main()
+    rows = rows_of(out)
+    assert [row["lengths"] for row in rows] == ["mixed"] * 3
+    losses = [float(row["mean_loss"]) for row in rows]
+    assert max(losses) - min(losses) < 1e-3
+    count = {row["contender"]: float(row["operators"]) for row in rows}
+    assert count["train"] < count["train, AdamW not fused"]
+    assert all(row["kernels"] == "" and float(row["host_backward"]) > 0 for row in rows)
+    waits.main()
+    assert rows_of(out) == rows
