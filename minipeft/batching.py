@@ -115,13 +115,13 @@ class Collator:
     Rows map input_ids and, optionally, labels and token_type_ids to lists or tensors; other keys
     are ignored. For a classifier, the labels of a row are one class number, or floating-point
     numbers (regression, multi-label). Padding is masked by position, not by id. So the pad token
-    may be EOS: the real EOS keeps its label (claim 2).
+    may be EOS: the real EOS keeps its label (notebook 02).
 
     Returns int64 tensors (batch, seq): input_ids, attention_mask (0 at padding), token_type_ids
     (0), labels (-100), and with position_ids=True position_ids that begin at 0. A classifier's
     labels are int64 (batch,), or float32 (batch,) or (batch, labels).
     A model with learned positions, such as GPT-2, needs position_ids when padded on the left
-    (claim 1). One that numbers positions differently, such as RoBERTa, must not get them.
+    (notebook 01). One that numbers positions differently, such as RoBERTa, must not get them.
     multiple_of: pad to a multiple of this length, so that batches come in few shapes; a compiled or
     recorded step needs that (`train`). The loss stays the same, since padding is masked.
     Raises ValueError if there is no pad token, and for rows that cannot be trained on.

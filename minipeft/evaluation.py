@@ -45,7 +45,7 @@ def _by_length(rows, size):
 
 
 def _left_padded(tokenizer, prompts, device):
-    """(input_ids, attention_mask), each (batch, seq), padded on the left (claim 1)."""
+    """(input_ids, attention_mask), each (batch, seq), padded on the left (notebook 01)."""
     rows = [encode(tokenizer, prompt) for prompt in prompts]
     batch = Collator(_pad(tokenizer) or 0, "left")(rows)
     return batch["input_ids"].to(device), batch["attention_mask"].to(device)

@@ -100,7 +100,7 @@ def test_the_hidden_form_folds_into_keys_and_values(name):
 
 
 def test_keys_and_values_are_tied_through_norm_projection_and_position():
-    """Claim 19 by hand on Llama: K = rotate(W_k norm(H)), V = W_v norm(H), at positions 0..n-1."""
+    """By hand on Llama: K = rotate(W_k norm(H)), V = W_v norm(H), at positions 0..n-1."""
     model = tuned("tiny-llama", "hidden")
     states, n, inner = model.virtual_tokens.weight.detach().clone(), 3, model.model
     fold_p_tuning_v2(model)

@@ -18,7 +18,7 @@ def bloom_1b4_zh():
 
 
 def test_the_counts_of_bloom_1b4_zh():
-    """Claim 21; by hand: 10 * 24 * 2 * 2048, and 10 * 2048 + an MLP from 2048 to 2048 to 98304."""
+    """By hand: 10 * 24 * 2 * 2048, and 10 * 2048 + an MLP from 2048 to 2048 to 98304."""
     assert count_parameters(bloom_1b4_zh())[1] == 1_303_111_680
     plain = count_parameters(add_prefix_tuning(bloom_1b4_zh(), 10))
     assert plain == (983_040, 1_303_111_680 + 983_040) and 983_040 == 10 * 24 * 2 * 2048

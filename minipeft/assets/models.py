@@ -162,7 +162,7 @@ def load_base(
     "tiny-gpt2", "tiny-bloom", "tiny-qwen2", "tiny-gpt_neox" (weights drawn from `seed`), a folder
     written by `save_pretrained`, or the id of a causal model on the Hugging Face hub.
     If the tokenizer has no pad token, it pads with EOS, which is harmless as long as padding is
-    masked by position (claim 2). `dtype`: torch.float16, bfloat16, float32 or float64.
+    masked by position (notebook 02). `dtype`: torch.float16, bfloat16, float32 or float64.
     Code in a folder or on the hub is never run, and pickled weights are not read.
     Raises AssetError if the model is not available or unusable, ValueError for other bad input.
     """

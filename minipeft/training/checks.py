@@ -119,7 +119,7 @@ def _refuse_parameters(model, groups):
         )
         require(
             p.dtype not in (torch.float16, torch.bfloat16),
-            f"{name} is trainable but {p.dtype}: small updates would round away (claim 29). Make "
+            f"{name} is trainable but {p.dtype}: small updates would round away. Make "
             "trainables float32, for example with model.float(), and get the speed of half "
             'precision from precision="bfloat16".',
         )

@@ -18,7 +18,7 @@ def switch_checkpointing(model: nn.Module, on: bool) -> None:
     """Enable or disable gradient checkpointing, by either name of the method in transformers 5.
 
     torch's re-entrant form passes no gradient through a block whose inputs do not require one, as
-    above a frozen embedding (claim 27). The non-reentrant form, used here, has no such limit.
+    above a frozen embedding. The non-reentrant form, used here, has no such limit.
     """
     verb = "enable" if on else "disable"
     method = getattr(model, f"activation_checkpointing_{verb}", None)

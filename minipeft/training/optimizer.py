@@ -13,7 +13,7 @@ from minipeft.training.distributed import gather
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two AdamW groups, with and without weight decay, by type of module, not by name (claim 28).
+    """Two AdamW groups, with and without weight decay, by type of module, not by name.
 
     Only the weight matrices of nn.Linear and Conv1D decay. Biases, norms, embeddings (and a head
     tied to them) do not, nor do parameters that a technique registers on a module of its own, such
