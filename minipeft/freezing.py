@@ -1,8 +1,8 @@
 """Freeze the base model, unfreeze parts of it, and count parameters.
 
 A frozen parameter has requires_grad=False. Its gradient is None, not zero, and gradients still flow
-through it to earlier layers (claim 13). Each `only_...` freezes the whole model and then unfreezes
-one kind of parameter.
+through it to earlier layers. Each `only_...` freezes the whole model and then unfreezes one kind of
+parameter.
 """
 
 import difflib
