@@ -2,52 +2,20 @@
 
 import ast
 import csv
-import importlib.util
-import json
 import re
-import sys
 import time
-from pathlib import Path
 
 import nbformat
 import pytest
+from exercise_cells import ROOT, code_cells, is_answer, is_graded, run, wrong_answers
+from nbgrader.api import Gradebook
 
 import minipeft
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "exercises"))
-sys.path.insert(0, str(ROOT / "tools"))
-
-from checks import Mistake, load_checks  # noqa: E402
-from make_exercises import exercise_texts, layout, nbgrader, release, solution_names  # noqa: E402
+from checks import Mistake, load_checks
+from make_exercises import exercise_texts, layout, nbgrader, release, solution_names
 
 NAMES = solution_names()
 exercises = pytest.mark.parametrize("name", NAMES)
-
-
-def code_cells(folder, name):
-    notebook = nbformat.read(ROOT / folder / f"{name}.ipynb", as_version=4)
-    return [cell for cell in notebook.cells if cell.cell_type == "code"]
-
-
-def is_graded(cell):
-    return cell.metadata.get("nbgrader", {}).get("grade", False)
-
-
-def run(cells):
-    """Run cells one after another in one namespace, as a kernel would. Returns the namespace."""
-    space = {}
-    for cell in cells:
-        exec(compile(cell.source, "<cell>", "exec"), space)  # noqa: S102
-    return space
-
-
-def wrong_answers(name):
-    path = ROOT / "tests" / "wrong_answers" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"wrong_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.WRONG
 
 
 def test_there_are_exercises():
@@ -66,7 +34,7 @@ def test_the_exercise_hides_the_solution_and_the_hidden_tests(name):
     handed_out = (ROOT / "exercises" / f"{name}.ipynb").read_text(encoding="utf-8")
     assert "YOUR CODE HERE" in handed_out
     assert "BEGIN SOLUTION" not in handed_out and "HIDDEN TESTS" not in handed_out
-    solved = [c for c in code_cells("solutions", name) if "### BEGIN SOLUTION" in c.source]
+    solved = [c for c in code_cells("solutions", name) if is_answer(c)]
     graded = [c for c in code_cells("solutions", name) if is_graded(c)]
     assert len(solved) >= 3 and len(graded) >= 3
     assert all("### BEGIN HIDDEN TESTS" in cell.source for cell in graded)
@@ -179,35 +147,72 @@ def test_a_mistake_is_shown_as_one_sentence():
         load_checks("99_none")
 
 
+def answers_of(name):
+    """{grade id: the reference answer}"""
+    return {
+        cell.metadata.nbgrader.grade_id: re.sub(r" *### (BEGIN|END) SOLUTION\n?", "", cell.source)
+        for cell in code_cells("solutions", name)
+        if is_answer(cell)
+    }
+
+
+def points_of(name):
+    return sum(cell.metadata.nbgrader.points for cell in code_cells("solutions", name)
+               if is_graded(cell))  # fmt: skip
+
+
+def submit(course, student, name, changed):
+    """Hand in the exercise with other sources in the cells with these grade ids."""
+    notebook = nbformat.read(course / "release" / name / f"{name}.ipynb", as_version=4)
+    for cell in notebook.cells:
+        grade_id = cell.metadata.get("nbgrader", {}).get("grade_id")
+        cell.source = changed.get(grade_id, cell.source)
+    folder = course / "submitted" / student / name
+    folder.mkdir(parents=True)
+    nbformat.write(notebook, folder / f"{name}.ipynb")
+
+
+def score(course, name, student):
+    with Gradebook(f"sqlite:///{course / 'gradebook.db'}") as book:
+        return book.find_submission(name, student).score
+
+
+@exercises
+def test_the_reference_solution_gets_all_points_even_if_a_library_warns(name, tmp_path):
+    layout(tmp_path, [name])
+    release(tmp_path, name)
+    answers = answers_of(name)
+    first = next(iter(answers))
+    warns = "import sys, warnings\nwarnings.warn('old')\nprint('a library warns', file=sys.stderr)"
+    loud = answers | {first: f"{answers[first]}\n\n{warns}"}
+    # What a library writes while a graded cell runs comes from the answer here.
+    lines = loud[first].splitlines()
+    head = next(i for i, line in enumerate(lines) if line.lstrip().startswith("def "))
+    end = next(i for i in range(head, len(lines)) if lines[i].rstrip().endswith(":"))
+    indent = re.match(r" *", lines[end + 1])[0]
+    lines.insert(end + 1, f"{indent}__import__('sys').stderr.write('a warning')")
+    submit(tmp_path, "ada", name, loud | {first: "\n".join(lines)})
+    result = nbgrader(tmp_path).autograde(name, "ada", force=True, create=True)
+    assert result["success"], result["log"]
+    assert score(tmp_path, name, "ada") == points_of(name)
+
+
 def test_generate_submit_autograde_export(tmp_path, monkeypatch):
     """A whole round with nbgrader: one who solved all, one who did nothing, one with a mistake."""
     name = "11_lora"
     layout(tmp_path, [name])
-    handed_out = nbformat.read(release(tmp_path, name), as_version=4)
-    answers = {
-        cell.metadata.nbgrader.grade_id: re.sub(r" *### (BEGIN|END) SOLUTION\n?", "", cell.source)
-        for cell in code_cells("solutions", name)
-        if "### BEGIN SOLUTION" in cell.source
-    }
+    release(tmp_path, name)
+    answers = answers_of(name)
     check, wrong, message = wrong_answers(name)[0]
     graded = [c for c in code_cells("solutions", name) if is_graded(c)]
-    total = sum(cell.metadata.nbgrader.points for cell in graded)
+    total = points_of(name)
     lost = sum(c.metadata.nbgrader.points for c in graded if f"checks.{check}(" in c.source)
 
-    def submit(student, changed):
-        notebook = nbformat.from_dict(json.loads(json.dumps(handed_out)))
-        for cell in notebook.cells:
-            grade_id = cell.metadata.get("nbgrader", {}).get("grade_id")
-            cell.source = changed.get(grade_id, cell.source)
-        folder = tmp_path / "submitted" / student / name
-        folder.mkdir(parents=True)
-        nbformat.write(notebook, folder / f"{name}.ipynb")
-
-    submit("ada", answers)
-    submit("bob", {})
+    submit(tmp_path, "ada", name, answers)
+    submit(tmp_path, "bob", name, {})
     # Cleo answers every task, and then spoils the first: a wrong definition after the right one.
     first = next(iter(answers))
-    submit("cleo", answers | {first: f"{answers[first]}\n\n{wrong}"})
+    submit(tmp_path, "cleo", name, answers | {first: f"{answers[first]}\n\n{wrong}"})
     monkeypatch.chdir(tmp_path)
     api = nbgrader(tmp_path)
     for student in ("ada", "bob", "cleo"):

@@ -17,12 +17,17 @@ from pathlib import Path
 
 import nbformat
 from nbgrader.apps import NbGraderAPI
-from traitlets.config import Config
+from traitlets.config import PyFileConfigLoader
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = """# A course made from minipeft's solutions: see exercises/README.md.
 c = get_config()
 c.CourseDirectory.course_id = "minipeft"
+# nbgrader gives no points to a cell that writes to stderr, so a library's warning would cost some.
+c.IgnorePattern.enabled = True
+c.IgnorePattern.pattern = "(?s).*"
+# A check gives up after 30 seconds by itself, with a sentence; this is for all that is no check.
+c.Execute.timeout = 120
 """
 # What students hand in, and their grades, belong in no repository.
 PRIVATE = "gradebook.db\ngrades.csv\nsubmitted/\nautograded/\nfeedback/\n"
@@ -45,9 +50,8 @@ def nbgrader(course):
     beside = str(Path(sys.executable).parent)
     if beside not in os.environ["PATH"].split(os.pathsep):
         os.environ["PATH"] = beside + os.pathsep + os.environ["PATH"]
-    config = Config()
+    config = PyFileConfigLoader("nbgrader_config.py", path=str(course)).load_config()
     config.CourseDirectory.root = str(course)
-    config.CourseDirectory.course_id = "minipeft"
     config.CourseDirectory.db_url = f"sqlite:///{course / 'gradebook.db'}"
     api = NbGraderAPI(config=config)
     api.log.setLevel(logging.ERROR)
@@ -59,7 +63,14 @@ def release(course, name):
     result = nbgrader(course).generate_assignment(name, force=True, create=True)
     if not result["success"]:
         raise SystemExit(f"nbgrader could not generate {name}:\n{result['log']}\n{result['error']}")
-    return course / "release" / name / f"{name}.ipynb"
+    path = course / "release" / name / f"{name}.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    first = next(i for i, cell in enumerate(cells) if cell.metadata.get("nbgrader"))
+    for cell in cells[first:]:  # "Run All" goes on past a mistake
+        cell.metadata["tags"] = ["raises-exception"]
+    nbformat.write(notebook, path)
+    return path
 
 
 def exercise_texts(names, solutions=ROOT / "solutions"):

@@ -84,6 +84,8 @@ def deep_prompt(answer):
     error, got = None, None
     try:
         got = answer(model, prompts, ids)
+    except NotImplementedError:  # which is a RuntimeError
+        raise
     except (RuntimeError, IndexError) as caught:
         error = caught
     for handle in handles:

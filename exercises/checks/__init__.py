@@ -1,11 +1,23 @@
 """Checks that a learner runs after each task: they name the mistake and keep the solution."""
 
+import contextlib
 import functools
 import importlib.util
 import inspect
-import sys
+import linecache
+import sysconfig
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
+
+import minipeft
+from checks.limits import LIMIT, TooLong, time_limit
+from checks.progress import note_solved
+
+OURS = (
+    Path(__file__).parent, Path(minipeft.__file__).parent,
+    *(Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+)  # fmt: skip
 
 
 class Mistake(AssertionError):
@@ -13,18 +25,6 @@ class Mistake(AssertionError):
 
     def _render_traceback_(self):
         return [f"Not yet right: {self}"]
-
-
-def _reporting(name, check):
-    @functools.wraps(check)
-    def checked(*answer):
-        try:
-            check(*answer)
-        except NotImplementedError as error:
-            raise Mistake(f"{name}: nothing is written here yet.") from error
-        print(f"{name}: right.")
-
-    return checked
 
 
 def load_checks(name):
@@ -36,18 +36,107 @@ def load_checks(name):
     if not path.is_file():
         known = sorted(p.stem for p in path.parent.glob("[0-9]*.py"))
         raise ValueError(f"There are no checks {name!r}; there are {', '.join(known)}.")
-    folder = str(path.parent.parent)
-    if folder not in sys.path:  # the files of checks say `from checks import Mistake`
-        sys.path.insert(0, folder)
     spec = importlib.util.spec_from_file_location(f"checks_{name}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return SimpleNamespace(
         **{
-            key: _reporting(key, value)
+            key: _reporting(name, key, value)
             for key, value in vars(module).items()
             if inspect.isfunction(value)
             and value.__module__ == module.__name__
             and not key.startswith("_")
         }
     )
+
+
+def _reporting(exercise, task, check):
+    """The check, which says "right" or raises Mistake, whatever the answer does."""
+
+    @functools.wraps(check)
+    def checked(*answer):
+        returned_none = []
+        try:
+            with _watched(answer, returned_none) as watched, time_limit():
+                check(*watched)
+        except (Exception, SystemExit, TooLong) as error:
+            said = _unwritten(error, answer[0])
+            if returned_none and not said and not _places(error):
+                said = f"{returned_none[0]} returned None. Is a `return` missing?"
+            if isinstance(error, Mistake) and not said:
+                raise
+            raise Mistake(f"{task}: {said or _explained(error)}") from error
+        print(f"{task}: right.")
+        note_solved(exercise, task)
+
+    return checked
+
+
+@contextlib.contextmanager
+def _watched(answers, names):
+    """The answers, such that the names of those that return None come into the list `names`."""
+
+    def watch(function):
+        @functools.wraps(function)
+        def watched(*args, **kwargs):
+            value = function(*args, **kwargs)
+            if value is None:
+                names.append(function.__qualname__)
+            return value
+
+        return watched
+
+    methods = [
+        (each, each.forward) for each in answers if "forward" in getattr(each, "__dict__", {})
+    ]
+    for each, forward in methods:
+        each.forward = watch(forward)
+    try:
+        yield [watch(each) if inspect.isfunction(each) else each for each in answers]
+    finally:
+        for each, forward in methods:
+            each.forward = forward
+
+
+def _unwritten(error, answer):
+    """One sentence if the error comes from a task in which nothing is written, else None."""
+    while error is not None:
+        theirs = _places(error) if isinstance(error, NotImplementedError) else []
+        if theirs:
+            missing = theirs[-1][0].co_qualname.split(".")[0]
+            if missing == getattr(answer, "__name__", missing):
+                return "nothing is written here yet."
+            return (
+                f"this task needs {missing}, where nothing is written yet. Solve that task first."
+            )
+        error = error.__context__
+    return None
+
+
+def _explained(error):
+    """One sentence for an error that the check did not foresee."""
+    theirs = _places(error)
+    place = ""
+    if theirs:
+        code, line = theirs[-1]
+        text = linecache.getline(code.co_filename, line).strip()
+        place = f" in line {line - code.co_firstlineno + 1} of {code.co_qualname}"
+        place += f", `{text}`" if text else ""
+    if isinstance(error, TooLong):
+        return f"still running after {LIMIT} seconds{place}. Does a loop never end?"
+    said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".removesuffix(": ")
+    if theirs:
+        return f"your code raised {said}{place}."
+    return f"what your code returned does not fit here ({said})."
+
+
+def _places(error):
+    """(code, line number) of each frame of the learner's own code that an error went through."""
+    found = ((frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__))
+    return [(code, line) for code, line in found if not _is_ours(code.co_filename)]
+
+
+def _is_ours(filename):
+    """Whether code is the course's or a library's, and not the learner's."""
+    path = Path(filename)
+    return filename.startswith("<frozen") or any(path.is_relative_to(folder) for folder in OURS)
