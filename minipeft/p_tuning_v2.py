@@ -1,6 +1,6 @@
 """P-tuning v2: separate virtual tokens for every layer (Liu et al. 2022, section 3.2).
 
-It is described in two ways, and both are implemented here (claim 19):
+It is described in two ways, and both are implemented here:
 
   "key_value"  keys and values for every layer, which is what the published code trains
   "hidden"     hidden states H_l for every layer, (n, hidden), from which the frozen layer computes
