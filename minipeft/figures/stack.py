@@ -10,7 +10,7 @@ from minipeft.figures.plots import show
 from minipeft.refusals import require, shown
 
 TEXTS = {
-    "freezing": "only some layers of the model are trained, here the last block and the head",
+    "freezing": "only some layers are trained, here the last block, the last norm and the head",
     "prompt tuning": "trained vectors stand in front of the embedded text",
     "P-tuning": "a small encoder computes the vectors in front of the embedded text",
     "prefix-tuning": "trained keys and values stand in front of those of the text, in every block",
@@ -70,7 +70,7 @@ def _frozen(axis: Axes, trained: bool) -> None:
     box(axis, 10.9, 3.9, 0.9, 1.2, "out", size=8, **kinds)
     box(axis, 14.2, 3.9, 1.1, 1.2, "norm", size=8, **kinds)
     box(axis, 15.6, 3.9, 1.1, 1.2, "MLP", size=8, **kinds)
-    box(axis, 19.0, 3.9, 1.1, 1.2, "norm", size=8)
+    box(axis, 19.0, 3.9, 1.1, 1.2, "norm", size=8, **kinds)
     box(axis, 20.4, 3.9, 1.1, 1.2, "head", size=8, **kinds)
     for start, end in ((2.7, 4.2), (10.5, 10.9), (11.8, 13.3), (13.9, 14.2), (15.3, 15.6),
                        (16.7, 18.0), (18.4, 19.0), (20.1, 20.4), (21.5, 22.0)):  # fmt: skip
@@ -89,7 +89,7 @@ def _frozen(axis: Axes, trained: bool) -> None:
 def _into_the_stream(axis: Axes) -> None:
     """Thin arrows from each place to where it acts."""
     for start, end in (((1.6, 1.4), (1.6, 2.1)), ((2.7, 2.6), (3.2, 4.4)), ((9.6, 1.6), (9.6, 2.9)),
-                       ((5.2, 1.6), (5.5, 4.1)), ((7.7, 7.1), (8.2, 6.3)),
+                       ((4.6, 1.6), (3.9, 4.4)), ((7.7, 7.1), (8.2, 6.3)),
                        ((7.7, 2.3), (8.2, 3.2)), ((5.3, 4.6), (6.0, 7.0)),
                        ((5.3, 4.4), (6.0, 2.3))):  # fmt: skip
         arrow(axis, start, end, color=GREY, dashed=True)
