@@ -8,16 +8,6 @@ import pytest
 from notebook_form import ROOT
 from run_notebooks import FOLDERS
 
-# Notebooks that still have their first form. The list is to become empty, and then to go.
-NOT_YET = {
-    "05_freezing",
-    "06_prompt_tuning",
-    "07_p_tuning",
-    "08_prefix_tuning",
-    "09_p_tuning_v2",
-    "10_adapters",
-    "12_distillation",
-}
 CORE = sorted((ROOT / "notebooks").glob("*.ipynb"))
 DEEPER = sorted((ROOT / "notebooks/deeper").glob("*.ipynb"))
 
@@ -32,9 +22,8 @@ def faults(path):
     return own(notebook, path) + form.everywhere(notebook, path)
 
 
-def test_the_course_has_lessons_and_every_open_one_exists():
+def test_the_course_has_its_lessons():
     assert len(CORE) >= 15
-    assert NOT_YET <= {named(path) for path in CORE + DEEPER}
     assert [str(ROOT / folder) for folder in FOLDERS] == [
         str(ROOT / "notebooks"),
         str(ROOT / "notebooks/deeper"),
@@ -44,15 +33,10 @@ def test_the_course_has_lessons_and_every_open_one_exists():
 @pytest.mark.parametrize("path", CORE + DEEPER, ids=named)
 def test_a_notebook_has_its_form(path):
     said = faults(path)
-    if named(path) not in NOT_YET:
-        assert not said, "\n".join([f"{path.name}:", *said])
-    else:
-        assert said, f"{named(path)} has its form: take it out of NOT_YET"
+    assert not said, "\n".join([f"{path.name}:", *said])
 
 
 def test_all_notebooks_together_are_short():
-    if NOT_YET:
-        pytest.skip(f"still in their first form: {', '.join(sorted(NOT_YET))}")
     lines = {named(path): form.code_lines(form.load(path)) for path in CORE + DEEPER}
     assert sum(lines.values()) < form.TOGETHER, lines
 
