@@ -12,10 +12,21 @@ from minipeft import load_base
 ARCHITECTURES = ("tiny-llama", "tiny-gpt2", "tiny-bloom", "tiny-qwen2", "tiny-gpt_neox")
 
 
+class _Renamed(nn.Module):
+    """Layers whose names say nothing true of their type."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(5, 4)
+        self.linear = nn.LayerNorm(4)
+        self.norm = nn.Linear(4, 4)
+        self.embedding_bias = nn.Linear(4, 4)
+
+
 def decay_groups(answer):
     """Check a function (model, weight_decay) -> two AdamW groups, on five architectures."""
-    for name in ARCHITECTURES:
-        model, _ = load_base(name, device="cpu")
+    models = {name: load_base(name, device="cpu")[0] for name in ARCHITECTURES}
+    for name, model in {**models, "A model with other names": _Renamed()}.items():
         frozen = next(p for n, p in model.named_parameters() if n.endswith("bias") or "norm" in n)
         frozen.requires_grad_(False)
         groups = answer(model, 0.1)
@@ -76,7 +87,7 @@ def decay_groups(answer):
 
 def linear_schedule(answer):
     """Check a function (step, warmup, total) -> factor of the learning rate in [0, 1]."""
-    for warmup, total in ((4, 12), (1, 5), (0, 6), (3, 3)):
+    for warmup, total in ((4, 12), (1, 5), (0, 6), (3, 4)):
         factors = [answer(step, warmup, total) for step in range(total + 1)]
         told = f"With warmup={warmup} and total={total}, "
         if any(not 0 <= factor <= 1 + 1e-9 for factor in factors):
@@ -112,11 +123,11 @@ def linear_schedule(answer):
             raise Mistake(f"{told}the decay is no straight line: {factors[warmup:]}.")
 
 
-def _batches(seed=0):
+def _batches(seed=0, prompts=(5, 6, 4)):
     """One-row batches with 2, 3 and 12 targets, and the same rows as one batch."""
     generator = torch.Generator().manual_seed(seed)
     width, rows = 16, []
-    for prompt, targets in ((5, 2), (6, 3), (4, 12)):
+    for prompt, targets in zip(prompts, (2, 3, 12), strict=True):
         length = prompt + targets
         ids = torch.zeros(1, width, dtype=torch.int64)
         ids[0, :length] = torch.randint(97, 123, (length,), generator=generator)
@@ -162,7 +173,10 @@ def accumulated_backward(answer):
     counts = [2, 3, 12]
     truth = _gradient(model, [(large, 1.0)])
     true_loss = model(**large).loss.item()
+    passes, weight = [], model.model.layers[0].mlp.up_proj.weight
+    hook = weight.register_post_accumulate_grad_hook(passes.append)
     loss = answer(model, rows)
+    hook.remove()
     found = _vector(model.parameters())
     if found is None:
         raise Mistake("No parameter has a gradient: did you call backward?")
@@ -190,6 +204,21 @@ def accumulated_backward(answer):
         if _same(found, _gradient(model, [(rows[-1], 1.0)])):
             raise Mistake(list(known)[3])
         raise Mistake("The gradient is not that of one large batch of the same rows.")
+    if len(passes) != len(rows):
+        raise Mistake(
+            f"The gradient is right, but backward ran {len(passes)} time(s) for {len(rows)} "
+            "batches: the activations of several are in memory at once. Call it once for each batch."
+        )
+    # One row now has no prompt, so its first label is a target that nothing predicts.
+    model.zero_grad(set_to_none=True)
+    rows_2, large_2 = _batches(prompts=(5, 0, 4))
+    truth_2 = _gradient(model, [(large_2, 1.0)])
+    answer(model, rows_2)
+    if not _same(_vector(model.parameters()), truth_2):
+        raise Mistake(
+            "A row whose first label is not -100 is weighed wrongly. No position precedes that "
+            "label, so the model never predicts it: do not count it."
+        )
     if not isinstance(loss, float):
         raise Mistake(
             f"Return the loss as a Python float, not {type(loss).__name__}: a tensor would keep "
@@ -219,7 +248,14 @@ def training_step(answer):
         if stale:
             for parameter in model.parameters():
                 parameter.grad = torch.full_like(parameter, stale)
+        step, steps = optimizer.step, []
+        optimizer.step = lambda *args: (steps.append(1), step(*args))[1]
         returned = answer(model, optimizer, rows, limit)
+        if len(steps) > 1:
+            raise Mistake(
+                f"optimizer.step() ran {len(steps)} times. It belongs after the loop: one step on "
+                "the gradient of all batches."
+            )
         return (start - _vector(model.parameters(), grad=False)) / lr, returned
 
     move, returned = ran(0.0)
@@ -237,6 +273,11 @@ def training_step(answer):
         means = _gradient(model, [(row, 1 / 3) for row in rows])
         if _same(move, means * min(1.0, limit / means.norm().item())):
             raise Mistake("This is the mean of the batch means; divide by all target tokens.")
+        if _same(move, truth.clamp(-limit, limit)):
+            raise Mistake(
+                "Each entry was clipped by itself, which turns the gradient into another "
+                "direction. Clip the norm of the whole gradient."
+            )
         direction = torch.nn.functional.cosine_similarity(move, truth, dim=0)
         if direction > 1 - 1e-9:
             raise Mistake(

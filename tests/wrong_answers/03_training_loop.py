@@ -51,7 +51,7 @@ def decay_groups(model, weight_decay):
     spared = ["bias", "norm", "embed"]
     return split(model, lambda n, p: not any(f in n for f in spared), weight_decay)
 """,
-        "belongs to a norm (LayerNorm)",
+        "tiny-gpt2: transformer.h.0.ln_1.weight decays",
     ),
     (
         "decay_groups",
@@ -300,5 +300,83 @@ def training_step(model, optimizer, batches, max_grad_norm):
     return out, norm
 """,
         "clipped or set to zero after each batch",
+    ),
+    (
+        "decay_groups",
+        _GROUPS
+        + """
+def decay_groups(model, weight_decay):
+    spared = ["bias", "norm", "ln_", "wte", "wpe", "embed_tokens", "embed_in", "word_embed"]
+    return split(model, lambda n, p: not any(f in n.lower() for f in spared), weight_decay)
+""",
+        "A model with other names",
+    ),
+    (
+        "linear_schedule",
+        """
+def linear_schedule(step, warmup, total):
+    if step <= warmup:
+        return step / warmup
+    return (total - step) / (total - warmup)
+""",
+        "ZeroDivisionError",
+    ),
+    (
+        "accumulated_backward",
+        """
+def accumulated_backward(model, batches):
+    counts = [int((b["labels"] != -100).sum()) for b in batches]
+    out = 0.0
+    for b, n in zip(batches, counts):
+        loss = model(**b).loss * n / sum(counts)
+        loss.backward()
+        out += loss.item()
+    return out
+""",
+        "whose first label is not -100",
+    ),
+    (
+        "accumulated_backward",
+        _ACCUMULATE
+        + """
+def accumulated_backward(model, batches):
+    total = sum(count(b) for b in batches)
+    loss = sum(model(**b).loss * count(b) / total for b in batches)
+    loss.backward()
+    return loss.item()
+""",
+        "backward ran 1 time(s)",
+    ),
+    (
+        "training_step",
+        _ACCUMULATE
+        + """
+def training_step(model, optimizer, batches, max_grad_norm):
+    optimizer.zero_grad()
+    total = sum(count(b) for b in batches)
+    out = 0.0
+    for b in batches:
+        loss = model(**b).loss * count(b) / total
+        loss.backward()
+        norm = clip(model, max_grad_norm)
+        optimizer.step()
+        out += loss.item()
+    return out, norm
+""",
+        "optimizer.step() ran 3 times",
+    ),
+    (
+        "training_step",
+        _ACCUMULATE
+        + """
+def training_step(model, optimizer, batches, max_grad_norm):
+    optimizer.zero_grad()
+    loss = accumulate(model, batches)
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
+    torch.nn.utils.clip_grad_value_(model.parameters(), max_grad_norm)
+    optimizer.step()
+    return loss, norm
+""",
+        "Each entry was clipped by itself",
     ),
 ]
