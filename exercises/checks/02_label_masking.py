@@ -1,5 +1,7 @@
 """Checks of exercise 02: they name the mistake and stay silent about the solution."""
 
+import copy
+
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -11,6 +13,26 @@ PAIRS = [("Was it good?", " Yes, very"), ("Why?", " It was short"), ("Who is it 
 
 def _ids(tokenizer, prompt, answer):
     return tokenizer(prompt)["input_ids"], tokenizer(answer)["input_ids"]
+
+
+class _Peculiar:
+    """A tokenizer that puts a BOS in front of every text, and joins a question mark and a space."""
+
+    bos, joined = 1000, 1001
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.eos_token_id = tokenizer, tokenizer.eos_token_id
+        self.pair = tokenizer("? ")["input_ids"]
+
+    def __call__(self, text, add_special_tokens=True, **options):
+        ids, out = self.tokenizer(text)["input_ids"], [self.bos] if add_special_tokens else []
+        while ids:
+            found = ids[:2] == self.pair
+            out, ids = [*out, self.joined if found else ids[0]], ids[1 + found :]
+        return {"input_ids": out, "attention_mask": [1] * len(out)}
+
+    def encode(self, text, **options):
+        return self(text, **options)["input_ids"]
 
 
 def encode_pair(answer):
@@ -68,6 +90,35 @@ def encode_pair(answer):
         )
     if len(labels) != len(ids) or labels != [-100] * (11 - len(reply)) + reply + [eos]:
         raise Mistake("In a row that was cut, the labels no longer fit the input_ids.")
+    row = answer(tokenizer, prompt, text, len(reply) + 1)
+    if list(row["input_ids"]) != reply + [eos]:
+        raise Mistake(
+            f"Where answer and eos just fit, nothing of the prompt may be left, but the row has "
+            f"{len(row['input_ids'])} tokens. Mind that ids[-0:] is the whole list."
+        )
+    question, reply = _ids(tokenizer, "Good?\n\n", text)
+    if list(answer(tokenizer, "Good?\n\n", text, 64)["input_ids"]) != question + reply + [eos]:
+        raise Mistake(
+            "A prompt that ends in line breaks has lost them; the text is to stay as it is."
+        )
+    odd = _Peculiar(tokenizer)
+    question, reply = odd("Was it good?"), odd(" Yes", add_special_tokens=False)
+    ids = list(answer(odd, "Was it good?", " Yes", 64)["input_ids"])
+    if ids[:-1] == odd("Was it good? Yes")["input_ids"]:
+        raise Mistake(
+            "Prompt and answer were tokenised as one text. A token may then cross the boundary, so "
+            "that the prompt has other tokens than at inference."
+        )
+    if ids.count(odd.bos) > 1:
+        raise Mistake(
+            "With a tokenizer that puts a beginning-of-sequence token in front of every text, the "
+            "row has two of them: one in the middle."
+        )
+    if ids != question["input_ids"] + reply["input_ids"] + [eos]:
+        raise Mistake(
+            "With a tokenizer that has a beginning-of-sequence token, the row is not that token, "
+            "the prompt, the answer and the eos."
+        )
 
 
 def collate(answer):
@@ -76,7 +127,10 @@ def collate(answer):
         {"input_ids": [7, 8, 9, 2], "labels": [-100, -100, 9, 2]},
         {"input_ids": [5, 2], "labels": [-100, 2]},
     ]
+    before = copy.deepcopy(rows)
     batch = answer(rows, 2)  # pad = eos = 2
+    if rows != before:
+        raise Mistake("The rows that were passed in have changed: pad copies of their lists.")
     for name in ("input_ids", "attention_mask", "labels"):
         if name not in batch:
             raise Mistake(f"The batch has no {name}.")
@@ -109,6 +163,13 @@ def collate(answer):
         )
     if labels != [[-100, -100, 9, 2], [-100, 2, -100, -100]]:
         raise Mistake("The labels are not those of the rows, with -100 on the padding.")
+    chat = {"input_ids": [7, 2, 8, 2], "labels": [-100, 2, -100, 2]}  # two turns, each with an eos
+    mask = answer([chat, rows[1]], 2)["attention_mask"].tolist()
+    if mask != [[1, 1, 1, 1], [1, 1, 0, 0]]:
+        raise Mistake(
+            f"A chat has an eos after each turn, and its mask is {mask[0]}: the row does not end "
+            "at the first of them."
+        )
 
 
 def answer_loss(answer):
@@ -143,10 +204,19 @@ def answer_loss(answer):
         raise Mistake("This is a mean of the rows' means; every target token should weigh alike.")
     if not is_(right):
         raise Mistake("That is not the mean cross-entropy of the target tokens.")
+    first = torch.full((2, 5), -100)
+    first[0, 0] = 3
     try:
         nothing = answer(logits, torch.full((2, 5), -100))
     except ValueError:
-        return
+        try:
+            answer(logits, first)
+        except ValueError:
+            return
+        raise Mistake(
+            "With a label at position 0 alone there is no target, since no position precedes it; "
+            "this gets a number instead of a ValueError."
+        ) from None
     raise Mistake(
         f"With no target token at all the loss is {nothing.item()}; raise a ValueError instead of "
         "returning a number that spoils the weights."

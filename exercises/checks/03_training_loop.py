@@ -207,7 +207,7 @@ def accumulated_backward(answer):
     if len(passes) != len(rows):
         raise Mistake(
             f"The gradient is right, but backward ran {len(passes)} time(s) for {len(rows)} "
-            "batches: the activations of several are in memory at once. Call it once for each batch."
+            "batches: the activations of several are in memory at once. Call it for each batch."
         )
     # One row now has no prompt, so its first label is a target that nothing predicts.
     model.zero_grad(set_to_none=True)

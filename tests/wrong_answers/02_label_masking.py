@@ -121,4 +121,91 @@ WRONG = [
         "mean of the rows' means",
     ),
     (*_loss("raise ValueError", "print"), "With no target token at all"),
+    (
+        "encode_pair",
+        """
+def encode_pair(tokenizer, prompt, answer, max_length):
+    question = tokenizer(prompt)["input_ids"]
+    reply = tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    question = question[-(max_length - len(reply)) :]
+    return {"input_ids": question + reply, "labels": [-100] * len(question) + reply}
+""",
+        "ids[-0:] is the whole list",
+    ),
+    (
+        "encode_pair",
+        """
+def encode_pair(tokenizer, prompt, answer, max_length):
+    question = tokenizer(prompt.strip())["input_ids"]
+    reply = tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    question = question[max(0, len(question) + len(reply) - max_length) :]
+    return {"input_ids": question + reply, "labels": [-100] * len(question) + reply}
+""",
+        "ends in line breaks",
+    ),
+    (
+        "encode_pair",
+        """
+def encode_pair(tokenizer, prompt, answer, max_length):
+    ids = tokenizer(prompt + answer)["input_ids"] + [tokenizer.eos_token_id]
+    n = len(tokenizer(prompt)["input_ids"])
+    cut = max(0, len(ids) - max_length)
+    labels = [-100] * n + ids[n:]
+    return {"input_ids": ids[cut:], "labels": labels[cut:]}
+""",
+        "tokenised as one text",
+    ),
+    (
+        "encode_pair",
+        """
+def encode_pair(tokenizer, prompt, answer, max_length):
+    question = tokenizer(prompt)["input_ids"]
+    reply = tokenizer(answer)["input_ids"] + [tokenizer.eos_token_id]
+    question = question[max(0, len(question) + len(reply) - max_length) :]
+    return {"input_ids": question + reply, "labels": [-100] * len(question) + reply}
+""",
+        "has two of them",
+    ),
+    (
+        "collate",
+        """
+import torch
+
+def collate(rows, pad_token_id):
+    width = max(len(row["input_ids"]) for row in rows)
+    for row in rows:
+        row["attention_mask"] = [1] * len(row["input_ids"])
+        for name, filler in (("input_ids", pad_token_id), ("labels", -100), ("attention_mask", 0)):
+            row[name] += [filler] * (width - len(row[name]))
+    return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+""",
+        "have changed",
+    ),
+    (
+        "collate",
+        """
+import torch
+
+def collate(rows, pad_token_id):
+    width = max(len(row["input_ids"]) for row in rows)
+    fill = lambda ids, x: ids + [x] * (width - len(ids))
+    ids = torch.tensor([fill(row["input_ids"], pad_token_id) for row in rows])
+    labels = torch.tensor([fill(row["labels"], -100) for row in rows])
+    before = (ids == pad_token_id).cumsum(1) - (ids == pad_token_id).long()
+    return {"input_ids": ids, "attention_mask": (before == 0).long(), "labels": labels}
+""",
+        "has an eos after each turn",
+    ),
+    (
+        "answer_loss",
+        """
+from torch.nn.functional import cross_entropy
+
+def answer_loss(logits, labels):
+    if not (labels != -100).any():
+        raise ValueError("no target")
+    return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+""",
+        "label at position 0 alone",
+    ),
 ]
