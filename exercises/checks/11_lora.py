@@ -15,6 +15,13 @@ def _layer(answer, r=4, alpha=8, dropout=0.0, dtype=torch.float32, width=(6, 10)
     return answer(base, r, alpha, dropout).eval(), copy.deepcopy(base)
 
 
+def _fill(layer):
+    """Random numbers in A and B, whichever of them starts at zero."""
+    with torch.no_grad():
+        layer.lora_A.normal_()
+        layer.lora_B.normal_()
+
+
 def lora_layer(answer):
     """Check a class (base, r, alpha, dropout) -> a module with base, lora_A, lora_B."""
     layer, base = _layer(answer)
@@ -24,7 +31,11 @@ def lora_layer(answer):
     for name, shape in (("lora_A", (4, 6)), ("lora_B", (10, 4))):
         matrix = getattr(layer, name)
         if not isinstance(matrix, nn.Parameter):
-            raise Mistake(f"{name} is no nn.Parameter, so no optimiser will ever find it.")
+            raise Mistake(
+                f"{name} is a {type(matrix).__name__}. The task asks for the matrix itself, an "
+                "nn.Parameter: a plain tensor would be found by no optimiser, and of an nn.Linear "
+                "the merge would have to know."
+            )
         if tuple(matrix.shape) != shape:
             raise Mistake(
                 f"{name} has the shape {tuple(matrix.shape)}; for r=4 and a layer from 6 to 10 "
@@ -38,13 +49,17 @@ def lora_layer(answer):
             "A and B both start at zero. Each one's gradient is a product with the other, so "
             "neither ever gets one: this layer cannot learn."
         )
+    if len(layer.lora_A.unique(dim=0)) == 1 and layer.lora_A.any():
+        raise Mistake(
+            "All rows of A start alike, so they get the same gradient for ever: whatever r is, the "
+            "change has rank 1."
+        )
     if not torch.equal(layer(x), base(x)):
         raise Mistake(
             "Before any training the output already differs from that of the base layer. Which of "
             "the two matrices starts at zero?"
         )
-    with torch.no_grad():
-        layer.lora_B.normal_()
+    _fill(layer)
     change = layer(x) - base(x)
     product = x @ layer.lora_A.T @ layer.lora_B.T
     ratio = (change / product).median().item()
@@ -54,12 +69,24 @@ def lora_layer(answer):
         hint = {1.0: "alpha is not used", 0.5: "it is r/alpha", 8.0: "it is alpha alone"}
         hint = hint.get(round(ratio, 3), "that is something else")
         raise Mistake(f"With r=4 and alpha=8, B A x is multiplied by {ratio:.3g}: {hint}.")
+    odd, base_of_odd = _layer(answer, alpha=6)
+    _fill(odd)
+    product = 1.5 * x @ odd.lora_A.T @ odd.lora_B.T
+    if not torch.allclose(odd(x) - base_of_odd(x), product, atol=1e-4):
+        raise Mistake("With r=4 and alpha=6 the factor is not 1.5. Is alpha / r cut to an integer?")
+    x.requires_grad_(True)
     layer(x).sum().backward()
     if layer.lora_A.grad is None or layer.lora_B.grad is None:
         raise Mistake("No gradient arrives at lora_A or lora_B. Was something detached?")
+    whole = layer.base.weight + 2 * layer.lora_B @ layer.lora_A
+    if not torch.allclose(x.grad, whole.sum(0).expand_as(x), atol=1e-4):
+        raise Mistake(
+            "The gradient that goes on to x lacks a part. The base is frozen by requires_grad; "
+            "under no_grad or detach, the layers below it would not learn from it."
+        )
+    x = x.detach()
     layer, base = _layer(answer, dropout=0.5)
-    with torch.no_grad():
-        layer.lora_B.normal_()
+    _fill(layer)
     if not torch.equal(layer(x), layer(x)):
         raise Mistake("With dropout, two calls in eval mode differ: dropout is for training only.")
     layer.train()
@@ -69,12 +96,25 @@ def lora_layer(answer):
         layer.lora_B.zero_()
     if not torch.equal(layer(x), base(x)):
         raise Mistake("Dropout also hits the frozen path; it belongs to the low-rank path alone.")
+    with torch.no_grad():  # with all rows of A alike, what comes out of A is r times one number
+        layer.lora_A.copy_(layer.lora_A[:1].expand(4, -1))
+        layer.lora_B.copy_(torch.eye(10)[:, :4])
+    z = (layer(x) - base(x))[..., :4]
+    if not torch.allclose(z, z[..., :1].expand_as(z), atol=1e-5):
+        raise Mistake("Dropout hits what comes out of A; it belongs to x, before A.")
     layer, base = _layer(answer, dtype=torch.bfloat16)
     if layer.lora_A.dtype != torch.float32 or layer.lora_B.dtype != torch.float32:
         raise Mistake(
             "On a bfloat16 base, lora_A or lora_B is not float32: small updates would round away."
         )
-    if layer(x.bfloat16()).dtype != torch.bfloat16:
+    try:
+        half = layer(x.bfloat16())
+    except RuntimeError as error:
+        raise Mistake(
+            f"On a bfloat16 base forward fails: {str(error).splitlines()[0]}. Cast x for A, and "
+            "the sum back."
+        ) from error
+    if half.dtype != torch.bfloat16:
         raise Mistake(
             "On a bfloat16 base the output is no longer bfloat16; the next layer needs it."
         )
@@ -83,8 +123,7 @@ def lora_layer(answer):
 def merge(answer, layer_class):
     """Check a function (layer) -> a plain nn.Linear that does the same; also takes task 1."""
     layer, base = _layer(layer_class)
-    with torch.no_grad():
-        layer.lora_B.normal_()
+    _fill(layer)
     weight = layer.base.weight.clone()
     x = torch.randn(2, 3, 6)
     expected = layer(x)
@@ -114,12 +153,12 @@ def merge(answer, layer_class):
 
 
 class _Names(nn.Module):
-    """A block in which one name contains another."""
+    """A block in which one name begins with another, and one ends with it."""
 
     def __init__(self):
         super().__init__()
         self.q_proj, self.q_proj_extra = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.k_proj, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
+        self.my_q_proj, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
 
 
 def add_lora(answer, layer_class):
@@ -133,6 +172,11 @@ def add_lora(answer, layer_class):
         raise Mistake(
             "q_proj_extra got LoRA although only q_proj was asked for. Compare the whole last part "
             "of the name, not a piece of it."
+        )
+    if any("my_" in name for name in wrapped):
+        raise Mistake(
+            "my_q_proj got LoRA although only q_proj was asked for. Its name ends in q_proj, but "
+            "the last part of it is another."
         )
     if any(name.count("base") for name in wrapped):
         raise Mistake(f"{wrapped[-1]}: a layer inside a LoRA layer was wrapped again.")

@@ -61,11 +61,16 @@ def _reporting(exercise, task, check):
                 check(*watched)
         except (Exception, SystemExit, TooLong) as error:
             said = _unwritten(error, answer[0])
-            if returned_none and not said and not _places(error):
-                said = f"{returned_none[0]} returned None. Is a `return` missing?"
-            if isinstance(error, Mistake) and not said:
-                raise
-            raise Mistake(f"{task}: {said or _explained(error)}") from error
+            none = (
+                f"{returned_none[0]} returned None. Is a `return` missing?" if returned_none else ""
+            )
+            if said is None and isinstance(error, Mistake):
+                if not none:
+                    raise
+                raise Mistake(f"{error} {none}") from error
+            if said is None:
+                said = none if none and not _places(error) else _explained(error)
+            raise Mistake(f"{task}: {said}") from error
         print(f"{task}: right.")
         note_solved(exercise, task)
 

@@ -76,7 +76,7 @@ WRONG = [
     ("lora_layer", _layer(ZEROS, "torch.randn(out_features, r)"), "Which of the two matrices"),
     ("lora_layer", _layer(RANDOM, "torch.zeros(r, in_features)"), "both start at zero"),
     ("lora_layer", _layer("base.requires_grad_(False)", "base"), "is not frozen"),
-    ("lora_layer", _layer(f"nn.Parameter({ZEROS})", ZEROS), "is no nn.Parameter"),
+    ("lora_layer", _layer(f"nn.Parameter({ZEROS})", ZEROS), "lora_B is a Tensor"),
     (
         "lora_layer",
         _layer(RANDOM, "torch.randn(in_features, r)").replace(
@@ -141,4 +141,42 @@ def merge(layer):
     ),
     ("count", "def count(shapes, r):\n    return sum(r * a for a, b in shapes)", "Only one of"),
     ("count", "def count(shapes, r):\n    return r * sum(shapes[0])", "of 60 layers"),
+    (
+        "lora_layer",
+        _layer("h = self.base(x)", "with torch.no_grad():\n            h = self.base(x)"),
+        "goes on to x lacks a part",
+    ),
+    ("lora_layer", _layer("alpha / r", "alpha // r"), "cut to an integer"),
+    (
+        "lora_layer",
+        _layer(
+            "z = drop(x, self.dropout, self.training).to(self.lora_A.dtype)",
+            "z = x.to(self.lora_A.dtype)",
+        ).replace(
+            "linear(linear(z, self.lora_A), self.lora_B)",
+            "linear(drop(linear(z, self.lora_A), self.dropout, self.training), self.lora_B)",
+        ),
+        "what comes out of A",
+    ),
+    (
+        "lora_layer",
+        _layer(
+            "torch.randn(r, in_features) / math.sqrt(in_features)", "torch.ones(r, in_features)"
+        ),
+        "the change has rank 1",
+    ),
+    (
+        "lora_layer",
+        _layer(
+            "self.lora_A = nn.Parameter(torch.randn(r, in_features) / math.sqrt(in_features))",
+            "self.lora_A = nn.Linear(in_features, r, bias=False)",
+        ),
+        "lora_A is a Linear",
+    ),
+    ("lora_layer", _layer(".to(self.lora_A.dtype)", ""), "Cast x for A"),
+    (
+        "add_lora",
+        _add('n.rpartition(".")[2] in targets', "n.endswith(tuple(targets))"),
+        "my_q_proj got",
+    ),
 ]
