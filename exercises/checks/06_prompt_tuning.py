@@ -104,6 +104,11 @@ def extend_mask(answer):
         if got.bool().all():
             raise Mistake("The mask is all ones: the padding of the text now counts as text.")
         raise Mistake("The mask does not consist of n ones and then the mask of the text.")
+    if tuple(answer(mask, 5).shape) != (2, 11):
+        raise Mistake(
+            f"For n=5, a mask (2, 6) became {tuple(answer(mask, 5).shape)} instead of (2, 11): the "
+            "number of new columns does not follow n."
+        )
     for dtype in (torch.int64, torch.bool):
         got = answer(mask.to(dtype), 2)
         if got.dtype != dtype:
@@ -112,6 +117,17 @@ def extend_mask(answer):
                 "by some attention code instead of hiding padding, and in half precision it "
                 "cannot count beyond 256 tokens."
             )
+    try:  # "meta" stands for any other device, such as a GPU
+        device = answer(mask.to("meta"), 2).device.type
+    except (RuntimeError, NotImplementedError) as error:
+        if not str(error):
+            raise
+        device = "cpu"
+    if device != "meta":
+        raise Mistake(
+            "The new columns are made on the CPU, also where the mask is on another device: on a "
+            "GPU this fails. Let the mask make them, or name its device."
+        )
 
 
 def _sampled(answer, n, dtype=torch.float32):
@@ -137,6 +153,12 @@ def start_rows(answer):
         raise Mistake(
             "The vectors still hang on the graph of the embedding table. They should be a plain "
             "copy of numbers."
+        )
+
+    if got.requires_grad:
+        raise Mistake(
+            "The vectors require grad. They are only a start, plain numbers; trained is the "
+            "parameter that is made of them."
         )
 
     def ids_of(rows):
@@ -173,6 +195,15 @@ def start_rows(answer):
             raise Mistake(
                 f"200 draws from a vocabulary of {len(tokenizer)} give {len(ids.unique())} "
                 f"different tokens, the last one {int(ids.max())}: part of it is never drawn."
+            )
+    marked, tokenizer = load_base("tiny-llama", device="cpu")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["e"]})  # a token of the vocabulary
+    special = tokenizer.convert_tokens_to_ids("e")
+    for _ in range(20):
+        if special in ids_of(answer(marked, tokenizer, 200)).tolist():
+            raise Mistake(
+                "A tokenizer may have special tokens anywhere in its vocabulary, not only at the "
+                "first places, and one of those was drawn. The tokenizer knows them all."
             )
     wide, tokenizer = load_base("tiny-llama", device="cpu")
     wide.resize_token_embeddings(4 * len(tokenizer), mean_resizing=False)
@@ -322,6 +353,11 @@ def prompt_tuned(answer):
     for name in ("model", "prompt"):
         if not hasattr(tuned, name):
             raise Mistake(f"The module has no attribute {name}.")
+    if tuned.model is not model:
+        raise Mistake(
+            "self.model is not the model that was passed in. A copy takes its memory twice, and "
+            "the caller's own model stays as it was."
+        )
     if not isinstance(tuned.prompt, nn.Parameter):
         raise Mistake("prompt is no nn.Parameter, so no optimiser will ever find it.")
     trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)

@@ -291,4 +291,46 @@ WRONG = [
         "the prompt is torch.bfloat16",
     ),
     ("prompt_tuned", _tuned((".to(words.dtype)", "")), "forward fails on a bfloat16 model"),
+    (
+        "extend_mask",
+        """
+def extend_mask(attention_mask, n):
+    front = torch.ones(len(attention_mask), n, dtype=attention_mask.dtype)
+    return torch.cat([front, attention_mask], 1)
+""",
+        "made on the CPU",
+    ),
+    (
+        "extend_mask",
+        """
+def extend_mask(attention_mask, n):
+    return torch.cat([attention_mask.new_ones(len(attention_mask), 2), attention_mask], 1)
+""",
+        "does not follow n",
+    ),
+    (
+        "start_rows",
+        _changed(_START, ("[ids].float()", "[ids].float().requires_grad_()")),
+        "require grad",
+    ),
+    (
+        "start_rows",
+        """
+def start_rows(model, tokenizer, n):
+    ids = torch.randint(3, len(tokenizer), (n,))
+    return model.get_input_embeddings().weight.detach()[ids].float()
+""",
+        "anywhere in its vocabulary",
+    ),
+    (
+        "prompt_tuned",
+        _changed(
+            _TUNED,
+            (
+                "model.requires_grad_(False)",
+                "__import__('copy').deepcopy(model).requires_grad_(False)",
+            ),
+        ),
+        "A copy takes its memory twice",
+    ),
 ]
