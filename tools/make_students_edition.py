@@ -29,7 +29,8 @@ def students_files():
     if listed.returncode:
         raise SystemExit(f"{ROOT} is no clone made with git, so its files are not known.")
     files = [Path(name) for name in listed.stdout.split("\0") if name]
-    kept = {*SINGLE, *FIXTURES}
+    kept, teachers = {*SINGLE, *FIXTURES}, Path("docs/teaching.md")
+    files.remove(teachers)
     return [path for path in files if path.parts[0] in WHOLE or path.as_posix() in kept]
 
 
