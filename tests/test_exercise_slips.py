@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import signal
 import subprocess
 import sys
 
@@ -111,11 +112,14 @@ def test_an_error_in_the_answer_is_a_sentence_with_its_place(name):
         assert "colour" in said, f"{task}: {said}"
 
 
-def test_an_endless_loop_ends(monkeypatch):
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_an_endless_loop_ends(handler, monkeypatch):
+    before = signal.signal(signal.SIGINT, handler)
     monkeypatch.setattr(limits, "LIMIT", 0.5)
     monkeypatch.setattr(checks, "LIMIT", 0.5)
     endless = with_body("while True:\n    pass")
     said = messages(code_cells("solutions", "04_memory_math"), endless)
+    assert signal.signal(signal.SIGINT, before) == handler
     assert len(said) == 4
     assert all("running after 0.5 seconds in line" in text for text in said.values()), said
 

@@ -2,6 +2,7 @@
 
 import _thread
 import contextlib
+import signal
 import threading
 import time
 
@@ -23,7 +24,12 @@ def time_limit():
 
     timer = threading.Timer(LIMIT, stop)
     timer.daemon = True
-    if threading.current_thread() is threading.main_thread():
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT)
+    ignored = in_main and not callable(handler)  # so it is in some jobs in the background
+    if ignored:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if in_main:
         timer.start()
     try:
         yield
@@ -37,3 +43,5 @@ def time_limit():
         if over.is_set():  # the body ended in the same moment
             with contextlib.suppress(KeyboardInterrupt):
                 time.sleep(0.1)
+        if ignored:
+            signal.signal(signal.SIGINT, handler)
