@@ -19,6 +19,12 @@ def code_cells(folder, name):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
+def markdown(path):
+    """All text of a notebook, cell after cell."""
+    notebook = nbformat.read(path, as_version=4)
+    return "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+
+
 def is_graded(cell):
     return cell.metadata.get("nbgrader", {}).get("grade", False)
 

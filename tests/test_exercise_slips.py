@@ -7,9 +7,17 @@ import signal
 import subprocess
 import sys
 
-import nbformat
 import pytest
-from exercise_cells import ROOT, code_cells, is_answer, is_graded, run, run_all, unwritten
+from exercise_cells import (
+    ROOT,
+    code_cells,
+    is_answer,
+    is_graded,
+    markdown,
+    run,
+    run_all,
+    unwritten,
+)  # fmt: skip
 
 import checks
 from checks import Mistake, limits, progress
@@ -20,8 +28,7 @@ exercises = pytest.mark.parametrize("name", solution_names())
 
 def headings(name):
     """{number of a task: its heading}"""
-    notebook = nbformat.read(ROOT / "solutions" / f"{name}.ipynb", as_version=4)
-    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    text = markdown(ROOT / "solutions" / f"{name}.ipynb")
     return {int(line[1]): line[0] for line in re.finditer(r"^## Task (\d+)\..*$", text, re.M)}
 
 

@@ -2,9 +2,8 @@
 
 import re
 
-import nbformat
 import pytest
-from exercise_cells import ROOT
+from exercise_cells import ROOT, markdown
 
 TEXT = (ROOT / "docs" / "teaching.md").read_text(encoding="utf-8")
 LESSONS = {path.name[:2]: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
@@ -12,9 +11,7 @@ PARTS = {part[:2]: part for part in re.split(r"^## ", TEXT, flags=re.M) if part[
 
 
 def headings(path, pattern):
-    notebook = nbformat.read(path, as_version=4)
-    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-    return {int(number) for number in re.findall(pattern, text, re.M)}
+    return {int(number) for number in re.findall(pattern, markdown(path), re.M)}
 
 
 def test_every_lesson_has_its_part():

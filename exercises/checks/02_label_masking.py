@@ -204,20 +204,20 @@ def answer_loss(answer):
         raise Mistake("This is a mean of the rows' means; every target token should weigh alike.")
     if not is_(right):
         raise Mistake("That is not the mean cross-entropy of the target tokens.")
-    first = torch.full((2, 5), -100)
+    nowhere, first = torch.full((2, 5), -100), torch.full((2, 5), -100)
     first[0, 0] = 3
-    try:
-        nothing = answer(logits, torch.full((2, 5), -100))
-    except ValueError:
+    for labels, told in (
+        (nowhere, "With no target token at all"),
+        (
+            first,
+            "With a label at position 0 alone, which no position precedes and so none predicts,",
+        ),
+    ):
         try:
-            answer(logits, first)
+            loss = answer(logits, labels)
         except ValueError:
-            return
+            continue
         raise Mistake(
-            "With a label at position 0 alone there is no target, since no position precedes it; "
-            "this gets a number instead of a ValueError."
-        ) from None
-    raise Mistake(
-        f"With no target token at all the loss is {nothing.item()}; raise a ValueError instead of "
-        "returning a number that spoils the weights."
-    )
+            f"{told} the loss is {loss.item()}; raise a ValueError instead of returning a number "
+            "that spoils the weights."
+        )

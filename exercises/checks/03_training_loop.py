@@ -99,18 +99,18 @@ def linear_schedule(answer):
                 f"{told}step 0 has the factor {factors[0]:.3f}. It should be 0: the warm-up is off "
                 "by one."
             )
-        if warmup < total and not math.isclose(max(factors), 1):
+        if not math.isclose(max(factors), 1):
             raise Mistake(
                 f"{told}the factor never reaches 1; its peak is {max(factors):.3f}. The warm-up or "
                 "the decay is off by one."
             )
-        if warmup < total and not math.isclose(factors[warmup], 1):
+        if not math.isclose(factors[warmup], 1):
             peak = factors.index(max(factors))
             raise Mistake(
                 f"{told}the peak comes at step {peak}. It should come at step {warmup}: the "
                 "warm-up is off by one."
             )
-        if warmup < total and not math.isclose(factors[total], 0, abs_tol=1e-12):
+        if not math.isclose(factors[total], 0, abs_tol=1e-12):
             raise Mistake(
                 f"{told}the decay ends at {factors[total]:.3f}, not at 0. It spans the steps "
                 "after the warm-up, not all steps."
