@@ -6,12 +6,15 @@ import io
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 sys.path.insert(0, str(ROOT / "exercises"))
+
+from make_exercises import with_seed  # noqa: E402, F401
 
 
 def code_cells(folder, name):
@@ -60,9 +63,26 @@ def unwritten(source):
     return re.sub(body, r"\1raise NotImplementedError()", source, flags=re.DOTALL)
 
 
-def wrong_answers(name):
-    path = ROOT / "tests" / "wrong_answers" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"wrong_{name}", path)
+def answers(kind, name):
+    """Known answers to one exercise, of the kind "wrong" or "right"."""
+    path = ROOT / "tests" / f"{kind}_answers" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{kind}_{name}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.WRONG
+    return getattr(module, kind.upper())
+
+
+def wrong_answers(name):
+    return answers("wrong", name)
+
+
+def headings(name):
+    """{number of a task: its heading, and the numbers of the tasks it builds on}"""
+    told = {}
+    for line in re.finditer(
+        r"^## Task (\d+)\..*$", markdown(ROOT / "solutions" / f"{name}.ipynb"), re.M
+    ):
+        found = re.search(r"builds on tasks? ([\d, and]+)", line[0])
+        needs = {int(number) for number in re.findall(r"\d+", found[1])} if found else set()
+        told[int(line[1])] = SimpleNamespace(heading=line[0], builds_on=needs)
+    return told

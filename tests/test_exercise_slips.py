@@ -11,9 +11,9 @@ import pytest
 from exercise_cells import (
     ROOT,
     code_cells,
+    headings,
     is_answer,
     is_graded,
-    markdown,
     run,
     run_all,
     unwritten,
@@ -24,17 +24,6 @@ from checks import Mistake, limits, progress
 from make_exercises import solution_names
 
 exercises = pytest.mark.parametrize("name", solution_names())
-
-
-def headings(name):
-    """{number of a task: its heading}"""
-    text = markdown(ROOT / "solutions" / f"{name}.ipynb")
-    return {int(line[1]): line[0] for line in re.finditer(r"^## Task (\d+)\..*$", text, re.M)}
-
-
-def builds_on(heading):
-    found = re.search(r"builds on tasks? ([\d, and]+)", heading)
-    return {int(number) for number in re.findall(r"\d+", found[1])} if found else set()
 
 
 @exercises
@@ -49,7 +38,7 @@ def test_a_missing_task_costs_no_other_unless_its_heading_says_so(name):
         for task, i in enumerate(graded, start=1):
             if task == missing:
                 assert "nothing is written here yet" in str(errors[i])
-            elif missing in builds_on(told[task]):
+            elif missing in told[task].builds_on:
                 assert errors[i] is None or "Solve that task first" in str(errors[i])
             else:
                 assert errors[i] is None, f"task {task} without task {missing}: {errors[i]!r}"

@@ -1,18 +1,15 @@
 """Solutions pass, exercises as handed out fail, each wrong answer is told what is wrong with it."""
 
 import ast
-import csv
 import re
 import time
 
-import nbformat
 import pytest
 from exercise_cells import ROOT, code_cells, is_answer, is_graded, run, wrong_answers
-from nbgrader.api import Gradebook
 
 import minipeft
 from checks import Mistake, load_checks
-from make_exercises import exercise_texts, layout, nbgrader, release, solution_names
+from make_exercises import exercise_texts, solution_names
 
 NAMES = solution_names()
 exercises = pytest.mark.parametrize("name", NAMES)
@@ -147,98 +144,3 @@ def test_a_mistake_is_shown_as_one_sentence():
     assert shown == ["Not yet right: the scaling is missing"]
     with pytest.raises(ValueError, match="There are no checks '99_none'"):
         load_checks("99_none")
-
-
-def answers_of(name):
-    """{grade id: the reference answer}"""
-    return {
-        cell.metadata.nbgrader.grade_id: re.sub(r" *### (BEGIN|END) SOLUTION\n?", "", cell.source)
-        for cell in code_cells("solutions", name)
-        if is_answer(cell)
-    }
-
-
-def points_of(name):
-    return sum(cell.metadata.nbgrader.points for cell in code_cells("solutions", name)
-               if is_graded(cell))  # fmt: skip
-
-
-def submit(course, student, name, changed):
-    """Hand in the exercise with other sources in the cells with these grade ids."""
-    notebook = nbformat.read(course / "release" / name / f"{name}.ipynb", as_version=4)
-    for cell in notebook.cells:
-        grade_id = cell.metadata.get("nbgrader", {}).get("grade_id")
-        cell.source = changed.get(grade_id, cell.source)
-    folder = course / "submitted" / student / name
-    folder.mkdir(parents=True)
-    nbformat.write(notebook, folder / f"{name}.ipynb")
-
-
-def score(course, name, student):
-    with Gradebook(f"sqlite:///{course / 'gradebook.db'}") as book:
-        return book.find_submission(name, student).score
-
-
-@exercises
-def test_the_reference_solution_gets_all_points_even_if_a_library_warns(name, tmp_path):
-    layout(tmp_path, [name])
-    release(tmp_path, name)
-    answers = answers_of(name)
-    first = next(iter(answers))
-    warns = "import sys, warnings\nwarnings.warn('old')\nprint('a library warns', file=sys.stderr)"
-    loud = answers | {first: f"{answers[first]}\n\n{warns}"}
-    # What a library writes while a graded cell runs comes from the answer here.
-    lines = loud[first].splitlines()
-    head = next(i for i, line in enumerate(lines) if line.lstrip().startswith("def "))
-    end = next(i for i in range(head, len(lines)) if lines[i].rstrip().endswith(":"))
-    indent = re.match(r" *", lines[end + 1])[0]
-    lines.insert(end + 1, f"{indent}__import__('sys').stderr.write('a warning')")
-    submit(tmp_path, "ada", name, loud | {first: "\n".join(lines)})
-    result = nbgrader(tmp_path).autograde(name, "ada", force=True, create=True)
-    assert result["success"], result["log"]
-    assert score(tmp_path, name, "ada") == points_of(name)
-
-
-def test_generate_submit_autograde_export(tmp_path, monkeypatch):
-    """A whole round with nbgrader: one who solved all, one who did nothing, one with a mistake."""
-    name = "11_lora"
-    layout(tmp_path, [name])
-    release(tmp_path, name)
-    answers = answers_of(name)
-    check, wrong, message = wrong_answers(name)[0]
-    graded = [c for c in code_cells("solutions", name) if is_graded(c)]
-    total = points_of(name)
-    lost = sum(c.metadata.nbgrader.points for c in graded if f"checks.{check}(" in c.source)
-
-    submit(tmp_path, "ada", name, answers)
-    submit(tmp_path, "bob", name, {})
-    # Cleo answers every task, and then spoils the first: a wrong definition after the right one.
-    first = next(iter(answers))
-    submit(tmp_path, "cleo", name, answers | {first: f"{answers[first]}\n\n{wrong}"})
-    monkeypatch.chdir(tmp_path)
-    api = nbgrader(tmp_path)
-    for student in ("ada", "bob", "cleo"):
-        result = api.autograde(name, student, force=True, create=True)
-        assert result["success"], result["log"]
-    private = (tmp_path / ".gitignore").read_text().split()
-    assert {"gradebook.db", "submitted/", "autograded/"} <= set(private)
-    from nbgrader.apps import ExportApp
-
-    export = ExportApp()
-    export.initialize(["--to", "grades.csv", f"--db=sqlite:///{tmp_path / 'gradebook.db'}"])
-    export.start()
-    with open("grades.csv", newline="") as file:
-        scores = {row["student_id"]: float(row["score"]) for row in csv.DictReader(file)}
-    assert scores["ada"] == total
-    assert scores["bob"] == 0
-    assert scores["cleo"] == total - lost  # the other tasks stand on their own
-    # In a real kernel, a mistake is shown as its one sentence.
-    graded = nbformat.read(tmp_path / "autograded" / "cleo" / name / f"{name}.ipynb", as_version=4)
-    shown = [
-        output.traceback
-        for cell in graded.cells
-        for output in cell.get("outputs", [])
-        if output.output_type == "error"
-    ]
-    assert len(shown) == 1 and len(shown[0]) == 1
-    assert shown[0][0].startswith("Not yet right:") and message in shown[0][0]

@@ -1,15 +1,17 @@
 """Exercises from solutions, by nbgrader's own generator.
 
-    python tools/make_exercises.py             writes exercises/NN_name.ipynb for each solution
-    python tools/make_exercises.py FOLDER      lays out an nbgrader course in a new FOLDER
+    python tools/make_exercises.py                        writes exercises/NN_name.ipynb for each
+    python tools/make_exercises.py FOLDER --seed NUMBER   makes an nbgrader course in a new FOLDER
 
-solutions/NN_name.ipynb is the one source. nbgrader wants each assignment in a folder of its own, so
-a course for a teacher has source/NN_name/NN_name.ipynb and release/NN_name/NN_name.ipynb; the name
-of the assignment is that of the notebook.
+solutions/NN_name.ipynb is the one source. A course has release/NN_name/NN_name.ipynb to hand out
+and gradebook.db, which holds the hidden tests; they draw their numbers from the seed. The solutions
+are not in it: nbgrader does not need them to grade, and a submission could run them.
 """
 
+import argparse
 import logging
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -20,28 +22,27 @@ from nbgrader.apps import NbGraderAPI
 from traitlets.config import PyFileConfigLoader
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = """# A course made from minipeft's solutions: see exercises/README.md.
-c = get_config()
-c.CourseDirectory.course_id = "minipeft"
-# nbgrader gives no points to a cell that writes to stderr, so a library's warning would cost some.
-c.IgnorePattern.enabled = True
-c.IgnorePattern.pattern = "(?s).*"
-# A check gives up after 30 seconds by itself, with a sentence; this is for all that is no check.
-c.Execute.timeout = 120
-"""
 # What students hand in, and their grades, belong in no repository.
 PRIVATE = "gradebook.db\ngrades.csv\nsubmitted/\nautograded/\nfeedback/\n"
 
 
-def layout(course, names, solutions=ROOT / "solutions"):
-    """Copy the named solutions to source/NAME/NAME.ipynb below `course`."""
+def with_seed(text, seed):
+    """A hidden test that draws its numbers from this seed."""
+    return re.sub(r"^seed = 0\b", f"seed = {seed}", text, flags=re.MULTILINE)
+
+
+def layout(course, names, seed=0):
+    """Write the named solutions to source/NAME/NAME.ipynb below `course`, with this seed."""
     course.mkdir(parents=True, exist_ok=True)
-    (course / "nbgrader_config.py").write_text(CONFIG)
+    shutil.copy(ROOT / "tools" / "nbgrader_config.py", course)
     (course / ".gitignore").write_text(PRIVATE)
     for name in names:
-        folder = course / "source" / name
-        folder.mkdir(parents=True)
-        shutil.copy2(solutions / f"{name}.ipynb", folder)
+        notebook = nbformat.read(ROOT / "solutions" / f"{name}.ipynb", as_version=4)
+        for cell in notebook.cells:
+            if "### BEGIN HIDDEN TESTS" in cell.source:
+                cell.source = with_seed(cell.source, seed)
+        (course / "source" / name).mkdir(parents=True)
+        nbformat.write(notebook, course / "source" / name / f"{name}.ipynb")
 
 
 def nbgrader(course):
@@ -73,10 +74,18 @@ def release(course, name):
     return path
 
 
-def exercise_texts(names, solutions=ROOT / "solutions"):
+def make_course(course, names, seed):
+    """An nbgrader course in a new folder."""
+    layout(course, names, seed)
+    for name in names:
+        release(course, name)
+    shutil.rmtree(course / "source")
+
+
+def exercise_texts(names):
     """{name: text of the exercise notebook}, the same bytes each time."""
     with tempfile.TemporaryDirectory() as folder:
-        layout(Path(folder), names, solutions)
+        layout(Path(folder), names)
         texts = {}
         for name in names:
             notebook = nbformat.read(release(Path(folder), name), as_version=4)
@@ -89,15 +98,19 @@ def solution_names():
     return sorted(path.stem for path in (ROOT / "solutions").glob("[0-9]*.ipynb"))
 
 
-def main(arguments):
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", nargs="?", help="make an nbgrader course in this new folder")
+    parser.add_argument("--seed", type=int, help="hidden tests draw their numbers from it")
+    options = parser.parse_args()
     names = solution_names()
-    if arguments:
-        course = Path(arguments[0]).resolve()
+    if options.folder:
+        course = Path(options.folder).resolve()
         if course.exists() and any(course.iterdir()):
             raise SystemExit(f"{course} is not empty; name a new folder for the course.")
-        layout(course, names)
-        for name in names:
-            release(course, name)
+        if options.seed is None:
+            raise SystemExit("Choose a number that your students do not know: --seed NUMBER")
+        make_course(course, names, options.seed)
         print(f"{course}: an nbgrader course with the assignments {', '.join(names)}.")
         return
     for name, text in exercise_texts(names).items():
@@ -110,4 +123,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
