@@ -1,0 +1,1 @@
+"""Interview preparation: a bank of questions whose numbers are measured or computed."""
