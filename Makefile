@@ -10,7 +10,7 @@ VENV ?= .venv
 LAB_OPTIONS ?=
 BIN = $(VENV)/bin
 
-.PHONY: lab test assets check unit nbval notebooks pages exercises bench evidence browser format
+.PHONY: lab test assets check unit nbval notebooks pages slides exercises bench evidence browser format
 
 lab: $(VENV)/lab.stamp assets
 	$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" $(LAB_OPTIONS) notebooks/00_start_here.ipynb
@@ -64,6 +64,10 @@ notebooks: $(VENV)/test.stamp assets
 # The notebooks as HTML for a browser without a network: build/pages/index.html.
 pages: $(VENV)/test.stamp
 	$(BIN)/python tools/make_pages.py
+
+# Slides of each lesson, for a browser without a network: build/slides/index.html.
+slides: $(VENV)/test.stamp
+	$(BIN)/python tools/make_slides.py
 
 exercises: $(VENV)/test.stamp
 	$(BIN)/python tools/make_exercises.py
