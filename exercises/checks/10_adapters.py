@@ -5,15 +5,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers import BloomConfig, GPT2Config, LlamaConfig
+from transformers import BloomConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from checks import Mistake
-from minipeft import load_base
 
 
-def _adapter(answer, activation=torch.tanh, hidden=6, bottleneck=4):
-    torch.manual_seed(0)
-    return answer(hidden, bottleneck, activation)
+def _same(a, b, atol=1e-5):
+    return a.shape == b.shape and torch.allclose(a, b, atol=atol)
 
 
 def _fill(module, std=1.0):
@@ -23,31 +21,31 @@ def _fill(module, std=1.0):
     return module
 
 
-def _start(module, x):
-    """The new module gives back what it gets, or it is said why not."""
-    got = module(x)
-    if torch.equal(got, x):
-        return
-    if got.shape == x.shape and not got.any():
-        raise Mistake(
-            "A new adapter returns zeros, whatever it gets: it stands in for the projection's "
-            "output instead of adding to it."
-        )
-    if torch.equal(got, torch.tanh(x)):
-        raise Mistake("The activation is applied to the sum, so it also hits what is skipped.")
-    if module.up.weight.any():
-        raise Mistake(
-            "A new adapter already changes what it gets, because both projections start at random. "
-            "The model would no longer be the one that was pretrained."
-        )
-    if module.up.bias.any():
-        raise Mistake("A new adapter adds a constant: a bias of its second projection is not zero.")
-    raise Mistake("A new adapter does not give back exactly what it gets.")
+def _first_line(error):
+    return str(error).splitlines()[0].removesuffix(".")
+
+
+# Task 1
 
 
 def adapter(answer):
     """Check a class (hidden, bottleneck, activation) -> a module with down and up."""
-    module = _adapter(answer)
+    torch.manual_seed(0)
+    _parts(answer(6, 4, torch.tanh))
+    x = torch.randn(3, 5, 6)
+    given = x.clone()
+    with torch.no_grad():
+        _fill(answer(6, 4, torch.tanh))(x)
+    if not torch.equal(x, given):
+        raise Mistake("The adapter writes into the tensor it is given; others still need it.")
+    _starts(answer, torch.tanh)
+    _formula(answer)
+    _starts(answer, torch.relu)
+    _starts(answer, torch.sigmoid)
+    _dtypes(answer)
+
+
+def _parts(module):
     for name, shape in (("down", (4, 6)), ("up", (6, 4))):
         linear = getattr(module, name, None)
         if not isinstance(linear, nn.Linear):
@@ -63,123 +61,313 @@ def adapter(answer):
             raise Mistake(
                 f"{name} is {linear.weight.dtype}, not float32. Small updates would round away."
             )
-    if not all(p.requires_grad for p in module.parameters()):
+    parameters = dict(module.named_parameters())
+    known = {id(p) for layer in (module.down, module.up) for p in layer.parameters()}
+    others = [name for name, p in parameters.items() if id(p) not in known]
+    if others:
+        raise Mistake(f"The adapter has a parameter that is not in the formula: {others[0]}.")
+    if not all(p.requires_grad for p in parameters.values()):
         raise Mistake("A part of the adapter is frozen, so it would never learn.")
-    x = torch.randn(3, 5, 6)
-    if not module.down.weight.any() and not module.up.weight.any():
+    D = module.down.weight
+    if not D.any() and not module.up.weight.any():
         raise Mistake(
             "Both projections start at zero. Each one's gradient is a product with the other, so "
             "neither weight ever gets one."
         )
-    given = x.clone()
-    _start(module, x)
-    _fill(module)
+    if D.any() and torch.equal(D, D[:1].expand_as(D)):
+        raise Mistake(
+            "All rows of down.weight start alike. All units of the bottleneck would learn the "
+            "same, as if there were only one."
+        )
+
+
+def _starts(answer, activation):
+    """A new module gives back what it gets, and a few steps train all of it."""
+    module, x = answer(6, 4, activation), torch.randn(3, 5, 6)
     got = module(x)
-    if not torch.equal(x, given):
-        raise Mistake("The adapter writes into the tensor it is given; others still need it.")
-    x = given
-    inner = module.down(x)
+    if not torch.equal(got, x):
+        if got.shape == x.shape and not got.any():
+            raise Mistake(
+                "A new adapter returns zeros, whatever it gets: it stands in for the projection's "
+                "output instead of adding to it."
+            )
+        if torch.equal(got, activation(x)):
+            raise Mistake("The activation is applied to the sum, so it also hits what is skipped.")
+        if module.up.weight.any() and module.down.weight.any():
+            raise Mistake(
+                "A new adapter already changes what it gets, because both projections start at "
+                "random. The model would no longer be the one that was pretrained."
+            )
+        if module.up.bias.any():
+            raise Mistake(
+                "A new adapter adds a constant: a bias of its second projection is not zero."
+            )
+        raise Mistake("A new adapter does not give back exactly what it gets.")
+    target = torch.randn(3, 5, 6)
+    for _ in range(4):
+        loss = (module(x) - target).square().mean()
+        if not loss.requires_grad:
+            raise Mistake(
+                "No gradient arrives at a new adapter. It gives back what it gets, but as if its "
+                "weights took no part."
+            )
+        named = dict(module.named_parameters())
+        grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        with torch.no_grad():
+            for p, grad in zip(named.values(), grads, strict=True):
+                if grad is not None:
+                    p -= grad
+    dead = [n for n, grad in zip(named, grads, strict=True) if grad is None or not grad.any()]
+    if dead and any(grad is None for grad in grads):
+        raise Mistake(f"No gradient arrives at {dead[0]}.")
+    if dead:
+        why = (
+            " PyTorch takes the slope of a ReLU at zero as zero."
+            if activation is torch.relu
+            else ""
+        )
+        raise Mistake(
+            f"With {activation.__name__} as activation, the gradient of {dead[0]} is still zero "
+            f"after four steps.{why}"
+        )
 
-    def like(expected):
-        return got.shape == expected.shape and torch.allclose(got, expected, atol=1e-4)
 
-    if like(x + module.up(inner)):
-        raise Mistake("Nothing happens between the projections: two linear maps are still one.")
-    if like(x + torch.tanh(module.up(inner))):
-        raise Mistake("The activation comes after the second projection, not between the two.")
-    if like(x + module.up(torch.relu(inner))):
-        raise Mistake("Given tanh as its activation, the adapter still uses a ReLU.")
-    if not like(x + module.up(torch.tanh(inner))):
+def _formula(answer):
+    module = _fill(answer(6, 4, torch.tanh))
+    x = torch.randn(3, 5, 6)
+    got, inner = module(x), module.down(x)
+    for wrong, why in (
+        (x + module.up(inner), "Nothing happens between the projections: two linear maps are "
+                               "still one."),
+        (x + torch.tanh(module.up(inner)), "The activation comes after the second projection, not "
+                                           "between the two."),
+        (x + module.up(torch.relu(inner)), "Given tanh as its activation, the adapter still uses a "
+                                           "ReLU."),
+    ):  # fmt: skip
+        if _same(got, wrong, 1e-4):
+            raise Mistake(why)
+    if not _same(got, x + module.up(torch.tanh(inner)), 1e-4):
         raise Mistake("With random weights the output is not x + U f(D x + d) + u.")
-    x.requires_grad_()
-    module(x).square().sum().backward()
-    names = [name for name, p in module.named_parameters() if p.grad is None]
-    if names:
-        raise Mistake(f"No gradient arrives at {names[0]}.")
-    through = x.grad
-    alone = torch.autograd.grad(
-        (x + module.up(torch.tanh(module.down(x)))).square().sum(), x, retain_graph=True
-    )[0]
-    if through is None or not torch.allclose(through, alone, atol=1e-3):
+    other = _fill(answer(5, 8, torch.sigmoid))
+    for shape in ((5,), (2, 5), (2, 3, 2, 5)):
+        x = torch.randn(shape)
+        try:
+            right = _same(other(x), x + other.up(torch.sigmoid(other.down(x))), 1e-4)
+        except (RuntimeError, ValueError) as error:
+            raise Mistake(f"An input of shape {shape} fails: {_first_line(error)}.") from error
+        if not right:
+            raise Mistake(f"For hidden=5 and bottleneck=8, an input of shape {shape} comes out "
+                          "wrong.")  # fmt: skip
+    x = torch.randn(3, 5, 6).requires_grad_()
+    weights = torch.randn(3, 5, 6)
+    expected = x + module.up(torch.tanh(module.down(x)))
+    through, alone = (
+        torch.autograd.grad((y * weights).sum(), x, allow_unused=True)[0]
+        for y in (module(x), expected)
+    )
+    if through is None or not _same(through, alone, 1e-3):
         raise Mistake(
             "The gradient with respect to what comes in is not complete: adapters further down "
             "the model would learn from half of the truth."
         )
-    half = x.detach().bfloat16()
-    try:
-        got = module(half)
-    except NotImplementedError:
-        raise
-    except RuntimeError as error:
-        raise Mistake(
-            f"On bfloat16 input the adapter fails: {str(error).splitlines()[0]}."
-        ) from error
-    if got.dtype != torch.bfloat16:
-        raise Mistake(
-            f"bfloat16 comes in and {str(got.dtype).removeprefix('torch.')} comes out. The next "
-            "layer of the model is bfloat16."
-        )
-    if module.down.weight.dtype != torch.float32 or module.up.weight.dtype != torch.float32:
-        raise Mistake("After bfloat16 input the adapter itself is no longer float32.")
 
 
-_LLAMA = LlamaConfig(
-    hidden_size=40, num_hidden_layers=3, intermediate_size=96, num_attention_heads=4, head_dim=8
-)
+def _dtypes(answer):
+    for dtype in (torch.bfloat16, torch.float16):
+        module = answer(4, 3, nn.Identity())
+        with torch.no_grad():  # adds 4096 * (1 + 2**-12 - 1) to the first entry
+            for p in module.parameters():
+                p.zero_()
+            module.down.weight[0, 0], module.down.bias[0] = 1 + 2**-12, -1.0
+            module.up.weight[0, 0] = 4096.0
+        name, x = str(dtype).removeprefix("torch."), torch.ones(2, 4, dtype=dtype)
+        try:
+            got = module(x)
+        except NotImplementedError:
+            raise
+        except RuntimeError as error:
+            raise Mistake(f"On {name} input the adapter fails: {_first_line(error)}.") from error
+        if got.dtype != dtype:
+            raise Mistake(
+                f"Given {name}, the adapter returns {str(got.dtype).removeprefix('torch.')}. The "
+                f"next layer of the model is {name}."
+            )
+        if {p.dtype for p in module.parameters()} != {torch.float32}:
+            raise Mistake(f"After {name} input the adapter itself is no longer float32.")
+        if got[0].tolist() != [2, 1, 1, 1]:
+            raise Mistake(
+                f"On {name} input the adapter does not compute in float32: with a weight of "
+                f"1 + 2**-12 it returns {got[0].tolist()} where [2, 1, 1, 1] is exact."
+            )
+
+
+# Task 2
+
+
+def _size(hidden, bottleneck):
+    return 2 * hidden * bottleneck + hidden + bottleneck
 
 
 def count(answer):
-    """Check a function (config, bottleneck, placement) -> number of trainables."""
-    h, m, layers = 40, 6, 3
-    one = 2 * h * m + h + m
+    """Check a function (config, bottleneck, placement) -> number of trainable parameters."""
+    h, m, layers = 40, 8, 3
+    llama = LlamaConfig(
+        hidden_size=h, num_hidden_layers=layers, intermediate_size=96, num_attention_heads=4,
+        head_dim=8,
+    )  # fmt: skip
+    one, wide = _size(h, m), _size(96, m)
     try:
-        got = {place: answer(_LLAMA, m, place) for place in ("houlsby", "pfeiffer")}
+        got = {place: answer(llama, m, place) for place in ("houlsby", "pfeiffer")}
     except AttributeError as error:
         raise Mistake(f"With a configuration of Llama: {error}.") from error
+    if any(isinstance(n, float) for n in got.values()):
+        raise Mistake(
+            f"The count is {got['houlsby']}, a float. Parameters are counted in integers."
+        )
     for place, n in (("houlsby", 2 * layers), ("pfeiffer", layers)):
-        if got[place] == n * 2 * h * m:
-            raise Mistake("The biases are left out.")
-        if got[place] in {n * (2 * h * m + 2 * h), n * (2 * h * m + 2 * m)}:
-            raise Mistake("The two biases of an adapter differ in length; one is as long as m.")
-        if got[place] == n * (h * m + h + m) or got[place] == n * h * m:
-            raise Mistake("Only one of the two projections is counted.")
-        if got[place] == n // layers * one:
-            raise Mistake("That is one block alone; every block has adapters of its own.")
-        if got[place] in {layers * (one + 2 * 96 * m + 96 + m), layers * (2 * 96 * m + 96 + m)}:
-            raise Mistake(
-                "An adapter behind the feed-forward network is counted as wide as its middle. What "
-                "comes out of that network is as wide as what went in."
-            )
+        for known, why in (
+            ((n * 2 * h * m,), "The biases are left out."),
+            ((n * (2 * h * m + 2 * h), n * (2 * h * m + 2 * m)),
+             "The two biases of an adapter differ in length; one is as long as m."),
+            ((n * (h * m + h + m), n * h * m), "Only one of the two projections is counted."),
+            ((n // layers * one,), "That is one block alone; every block has adapters of its own."),
+            ((layers * (one + wide), layers * wide),
+             "An adapter behind the feed-forward network is counted as wide as its middle. What "
+             "comes out of that network is as wide as what went in."),
+            ((n * _size(32, m),), "The width of the heads together is counted, 4 * 8, not that of "
+                                  "the hidden states, 40."),
+            ((n * _size(h, 64),), "A bottleneck of 64 is counted, whatever is asked for."),
+            ((n * _size(h, h // m),), "The bottleneck is taken for a factor by which the width "
+                                      "shrinks."),
+        ):  # fmt: skip
+            if got[place] in known:
+                raise Mistake(why)
     if got["houlsby"] == got["pfeiffer"]:
         raise Mistake("Both placements have the same count.")
     if (got["houlsby"], got["pfeiffer"]) == (layers * one, 2 * layers * one):
         raise Mistake("The placements are taken for each other: it is Pfeiffer who keeps one.")
     if (got["houlsby"], got["pfeiffer"]) != (2 * layers * one, layers * one):
         raise Mistake(
-            f"For hidden size 40, 3 blocks and a bottleneck of 6, {got['houlsby']:,} and "
-            f"{got['pfeiffer']:,} are not the numbers of entries."
+            f"For hidden size 40, 3 blocks and a bottleneck of 8, {got['houlsby']:,} and "
+            f"{got['pfeiffer']:,} are not the numbers of parameters."
         )
+    if answer(llama, m) != 2 * layers * one:
+        raise Mistake("Without a placement the count is not that of houlsby.")
     for name, config in (
         ("GPT-2", GPT2Config(n_embd=12, n_layer=2, n_head=3)),
         ("Bloom", BloomConfig(hidden_size=12, n_layer=2, n_head=3)),
     ):
+        for place, n in (("houlsby", 4), ("pfeiffer", 2)):
+            try:
+                got = answer(config, 3, place)
+            except (AttributeError, KeyError) as error:
+                raise Mistake(
+                    f"On another architecture, {name}: {type(error).__name__}, {error}."
+                ) from error
+            if got != n * _size(12, 3):
+                raise Mistake(f"The count of a model of {name} comes out wrong: {got}.")
+    for unknown in ("everywhere", "Houlsby", "pfeif", ""):
         try:
-            got = answer(config, 3, "houlsby")
-        except (AttributeError, KeyError) as error:
+            answer(llama, m, unknown)
+        except ValueError:
+            continue
+        except (KeyError, UnboundLocalError) as error:
             raise Mistake(
-                f"On another architecture, {name}: {type(error).__name__}, {error}."
+                f"An unknown placement ends in a {type(error).__name__}, which tells the user "
+                "nothing."
             ) from error
-        if got != 4 * (2 * 12 * 3 + 12 + 3):
-            raise Mistake(f"The count of a model of {name} comes out wrong: {got}.")
-    try:
-        answer(_LLAMA, m, "everywhere")
-    except ValueError:
-        return
-    except (KeyError, UnboundLocalError) as error:
-        raise Mistake(
-            f"An unknown placement ends in a {type(error).__name__}, which tells the user nothing."
-        ) from error
-    raise Mistake("An unknown placement is counted all the same.")
+        raise Mistake(f"The unknown placement {unknown!r} is counted all the same.")
+
+
+# Task 3
+
+
+def _tree(*names):
+    """A module with layers of these dotted names."""
+    root = nn.Module()
+    for name in names:
+        node = root
+        for part in name.split("."):
+            if not hasattr(node, part):
+                node.add_module(part, nn.Linear(2, 2))
+            node = getattr(node, part)
+    return root
+
+
+_PARTS = ("self_attn.o_proj", "mlp.down_proj", "self_attn.lo_proj", "mlp.o_proj_old",
+          "mlp.down_proj.lora")  # fmt: skip
+_LLAMA = [f"model.layers.{i}.{part}" for part in _PARTS for i in range(2)]
+_GPT2 = [f"transformer.h.{i}.{part}.c_proj" for part in ("attn", "mlp") for i in range(2)]
+
+
+def places(answer):
+    """Check a function (model, names) -> the dotted names that fit one of them."""
+    llama, gpt2 = _tree(*_LLAMA, "lm_head"), _gpt2(8, 2)
+    like = _tree("h.mlp.c_proj", "h.my_mlp.c_proj", "h.mlp_c_proj", "h.mlp.c_proj_old")
+    for name, model, names, expected in (
+        ("Llama", llama, ("o_proj",), _LLAMA[:2]),
+        ("Llama", llama, ("down_proj", "o_proj"), _LLAMA[:4]),
+        ("GPT-2", gpt2, ("c_proj",), _GPT2),
+        ("GPT-2", gpt2, ("mlp.c_proj",), _GPT2[2:]),
+        ("GPT-2", gpt2, ("c_proj", "attn.c_proj"), _GPT2),
+        ("a small model", like, ("mlp.c_proj",), ("h.mlp.c_proj",)),
+        ("Llama", llama, ("lm_head",), ("lm_head",)),
+    ):
+        asked = f"In {name}, with {', '.join(names)},"
+        try:
+            got = list(answer(model, names))
+        except ValueError as error:
+            if names == ("lm_head",):
+                raise Mistake("A module whose whole name is lm_head is not found.") from error
+            if "." in names[0]:
+                raise Mistake(f"{asked} an ending of two parts finds nothing: {error}") from error
+            raise Mistake(
+                f"{asked} there is a ValueError although all fit: {error} Which class are the "
+                "projections of?"
+            ) from error
+        if got and not all(isinstance(each, str) for each in got):
+            raise Mistake(f"Return dotted names; there is a {type(got[0]).__name__} among them.")
+        if len(set(got)) < len(got):
+            raise Mistake(f"{asked} a module that fits two endings is listed twice.")
+        more, less = sorted(set(got) - set(expected)), sorted(set(expected) - set(got))
+        if more:
+            raise Mistake(f"{asked} {more[0]} does not fit, but is listed.")
+        if less:
+            raise Mistake(f"{asked} {less[0]} is missing.")
+    for names, why in (
+        (("o_proj",), "GPT-2 has no module o_proj, and nothing is said: the user would train a "
+                      "model without adapters."),
+        (("o_proj", "c_proj"), "An ending that fits no module is passed over as long as another "
+                               "fits."),
+        (("c_proj", "o_proj"), "Only the first ending is tested for fitting a module."),
+    ):  # fmt: skip
+        try:
+            list(answer(gpt2, names))
+        except ValueError:
+            continue
+        raise Mistake(why)
+
+
+# Tasks 4 and 7
+
+
+def _llama(hidden, blocks, dtype=torch.float32):
+    """The heads together are 24 wide, so that the attention's projection is not square."""
+    torch.manual_seed(hidden)
+    config = LlamaConfig(
+        hidden_size=hidden, num_hidden_layers=blocks, intermediate_size=48, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=12, vocab_size=80, initializer_range=0.2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def _gpt2(hidden, blocks):
+    torch.manual_seed(hidden)
+    config = GPT2Config(n_embd=hidden, n_layer=blocks, n_head=2, vocab_size=80, n_positions=20)
+    return GPT2LMHeadModel(config).eval()
+
+
+_IDS = torch.arange(40, 52).reshape(2, 6)
 
 
 @contextmanager
@@ -198,103 +386,89 @@ def _calls(adapter_class):
         adapter_class.forward = forward
 
 
+def _run(model, adapter_class):
+    """Logits, and the calls of adapters, or a Mistake if the model does not run."""
+    with _calls(adapter_class) as calls:
+        try:
+            return model(_IDS).logits, calls
+        except NotImplementedError:
+            raise
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise Mistake(
+                f"The {type(model).__name__} no longer runs: {_first_line(error)}. Does each "
+                "adapter fit what its projection returns?"
+            ) from error
+
+
 def _projections(model):
-    """[(projection, block or part that adds the residual)] in the order in which they run."""
+    """The projections of attention and feed-forward network, in the order in which they run."""
     if hasattr(model, "transformer"):
         return [p for b in model.transformer.h for p in (b.attn.c_proj, b.mlp.c_proj)]
     return [p for b in model.model.layers for p in (b.self_attn.o_proj, b.mlp.down_proj)]
 
 
-def _outputs(model, ids, change=None):
-    """Outputs and inputs of the projections of a model, and its logits; `change` is applied."""
-    ins, outs, handles = [], [], []
-    for i, projection in enumerate(_projections(model)):
-
-        def hook(module, args, output, i=i):
-            ins.append(args[0])
-            outs.append(output)
-            return None if change is None else change(i, output)
-
-        handles.append(projection.register_forward_hook(hook))
-    with torch.no_grad():
-        logits = model(ids).logits
+def _hooked(model, modules, change):
+    """Logits of a model whose modules' outputs go through change(number of the module, output)."""
+    handles = [
+        module.register_forward_hook(lambda module, args, output, i=i: change(i, output))
+        for i, module in enumerate(modules)
+    ]
+    logits = model(_IDS).logits
     for handle in handles:
         handle.remove()
-    return ins, outs, logits
+    return logits
 
 
-def _sums(model, ids):
-    """What the residual stream holds behind attention and behind each block of a Llama."""
-    found, handles = [], []
+def _seen(model):
+    """What goes into the projections, what comes out, and the sums with the residual (Llama)."""
+    ins, outs, sums, handles = [], [], [], []
+
+    def seen(module, args, output):
+        ins.append(args[0])
+        outs.append(output)
+
     for block in model.model.layers:
         handles += [
+            p.register_forward_hook(seen) for p in (block.self_attn.o_proj, block.mlp.down_proj)
+        ]
+        handles += [
             block.post_attention_layernorm.register_forward_pre_hook(
-                lambda module, args: found.append(args[0])
+                lambda module, args: sums.append(args[0])
             ),
-            block.register_forward_hook(lambda module, args, output: found.append(output)),
+            block.register_forward_hook(lambda module, args, output: sums.append(output)),
         ]
     with torch.no_grad():
-        model(ids)
+        model(_IDS)
     for handle in handles:
         handle.remove()
-    return [x[0] if isinstance(x, tuple) else x for x in found]
+    return ins, outs, [x[0] if isinstance(x, tuple) else x for x in sums]
 
 
-def _same(a, b):
-    return a.shape == b.shape and torch.allclose(a, b, atol=1e-5)
+def _gradient(logits, parameters):
+    grads = torch.autograd.grad(logits.square().mean(), parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
 
 
-def _run(model, ids, adapter_class):
-    """Logits, and the calls of adapters, or a Mistake if the model no longer runs."""
-    with _calls(adapter_class) as calls, torch.no_grad():
-        try:
-            return model(ids).logits, calls
-        except NotImplementedError:
-            raise
-        except (RuntimeError, TypeError, AttributeError) as error:
-            raise Mistake(
-                f"The model no longer runs: {str(error).splitlines()[0]}. Does each adapter fit "
-                "what its projection returns?"
-            ) from error
+def _same_gradient(logits, reference, parameters):
+    if not logits.requires_grad:
+        return False
+    pairs = zip(_gradient(logits, parameters), _gradient(reference, parameters), strict=True)
+    return all(torch.allclose(a, b, rtol=1e-3, atol=1e-6) for a, b in pairs)
 
 
 def add_adapters(answer, adapter_class):
     """Check a function (model, bottleneck, names) -> the model, given the class of task 1."""
-    ids = torch.arange(40, 52).reshape(2, 6)
-    model, _ = load_base("tiny", device="cpu")
-    for block in model.model.layers:  # two names that contain another one; no forward uses them
-        block.self_attn.o_proj_old, block.self_attn.lo_proj = nn.Linear(32, 32), nn.Linear(32, 32)
-    untuned = copy.deepcopy(model)
-    base = {id(p) for p in model.parameters()}
-    torch.manual_seed(0)
-    result = answer(model, 4, ("o_proj", "down_proj"))
-    if result is not model:
+    model = _llama(20, 2)
+    untuned, base = copy.deepcopy(model), {id(p) for p in model.parameters()}
+    if answer(model, 4, ("o_proj", "down_proj")) is not model:
         raise Mistake("Return the model that was passed in, changed in place.")
-    logits, calls = _run(model, ids, adapter_class)
+    logits, calls = _run(model, adapter_class)
     owned = [m for m in model.modules() if isinstance(m, adapter_class)]
-    if not calls:
-        raise Mistake("No adapter runs when the model does.")
-    if not owned:
-        raise Mistake(
-            "Adapters run, but the model does not know them: model.parameters() lists none of "
-            "them, so nobody would train, save or move them."
-        )
-    if len(calls) == 4 and len({id(m) for m, _ in calls}) == 1:
-        raise Mistake("One adapter serves all four places. Each place needs its own.")
-    if len({id(m) for m, _ in calls}) < len(calls):
-        raise Mistake("An adapter runs more than once in a forward pass: some places share it.")
-    if len(owned) > 4:
-        raise Mistake(
-            f"{len(owned)} adapters are in a model of 2 blocks with o_proj and down_proj. There "
-            "are layers called o_proj_old and lo_proj here, and neither is meant."
-        )
-    if len(calls) != 4:
-        raise Mistake(f"{len(calls)} adapters run in 2 blocks with o_proj and down_proj each.")
-    ins, outs, before = _outputs(untuned, ids)
-    if not torch.equal(logits, before):
+    _number(calls, owned)
+    if not torch.equal(logits, untuned(_IDS).logits):
         raise Mistake("With untrained adapters the logits are no longer those of the base.")
-    got = [x for _, x in calls]
-    if any(_same(x, y) for x, y in zip(got, _sums(untuned, ids), strict=True)):
+    got, (ins, outs, sums) = [x for _, x in calls], _seen(untuned)
+    if any(_same(x, y) for x, y in zip(got, sums, strict=True)):
         raise Mistake(
             "An adapter gets the sum with the residual. It belongs before the block adds that."
         )
@@ -307,24 +481,87 @@ def add_adapters(answer, adapter_class):
         raise Mistake(f"The base is not frozen: {frozen[0]} still requires grad.")
     if not all(p.requires_grad for m in owned for p in m.parameters()):
         raise Mistake("The adapters are frozen along with the base: nothing is left to train.")
-    adapters = [_fill(m, 0.3) for m, _ in calls]
-    logits, calls = _run(model, ids, adapter_class)
-    reference = _outputs(untuned, ids, lambda i, output: adapters[i](output))[2]
-    if _same(logits, before):
-        raise Mistake("The adapters run, but what they return is thrown away.")
-    if not _same(logits, reference):
+    widths = {tuple(m.down.weight.shape) for m in owned}
+    if widths != {(4, 20)}:
+        raise Mistake(f"For a bottleneck of 4 and a width of 20, down has the shapes {widths}.")
+    _behind(model, untuned, adapter_class)
+
+    # Other sizes, another architecture, some of the places; and the first model still works.
+    gpt2 = _gpt2(12, 3)
+    untuned_gpt2 = copy.deepcopy(gpt2)
+    answer(gpt2, 5, ("mlp.c_proj",))
+    _, calls = _run(gpt2, adapter_class)
+    if len(calls) != 3:
+        raise Mistake(f"With mlp.c_proj alone, {len(calls)} adapters run in a GPT-2 of 3 blocks.")
+    sizes = {m.down.out_features for m, _ in calls}
+    if sizes != {5}:
+        raise Mistake(f"Asked for a bottleneck of 5, the adapters have {sizes}.")
+    _behind(gpt2, untuned_gpt2, adapter_class, slice(1, None, 2))
+    answer(_llama(20, 2), 4, ("o_proj", "down_proj"))
+    _behind(model, untuned, adapter_class)
+    _refuses(answer, adapter_class, untuned_gpt2)
+    _elsewhere(answer, adapter_class)
+
+
+def _number(calls, owned):
+    """Four adapters run, each once, and the model knows them."""
+    if not calls:
+        raise Mistake("No adapter runs when the model does.")
+    if not owned:
         raise Mistake(
-            "With random weights in the adapters the logits are not those of a model in which each "
-            "projection's output is replaced by its adapter's."
+            "Adapters run, but the model does not know them: model.parameters() lists none of "
+            "them, so nobody would train, save or move them."
         )
-    _other_models(answer, adapter_class, ids)
+    different = len({id(m) for m, _ in calls})
+    if len(calls) == 4 and different == 1:
+        raise Mistake("One adapter serves all four places. Each place needs its own.")
+    if different < len(calls):
+        raise Mistake("An adapter runs more than once in a forward pass: some places share it.")
+    if len(calls) != 4:
+        raise Mistake(f"{len(calls)} adapters run in 2 blocks with o_proj and down_proj each.")
+    if {id(m) for m in owned} != {id(m) for m, _ in calls}:
+        raise Mistake(
+            f"The model has {len(owned)} adapters among its modules, and they are not the 4 that "
+            "run."
+        )
 
 
-def _other_models(answer, adapter_class, ids):
-    """Names that do not fit, Conv1D, bfloat16."""
-    untuned, _ = load_base("tiny-gpt2", device="cpu")
+def _behind(model, untuned, adapter_class, part=slice(None)):
+    """Random adapters do the same as in a model in which they stand behind the projections."""
+    with torch.no_grad():
+        _, calls = _run(model, adapter_class)
+    adapters = [_fill(m, 0.3) for m, _ in calls]
+    if not {id(m) for m in adapters} <= {id(m) for m in model.modules()}:
+        raise Mistake(
+            "After another model got adapters, those that run here are not this model's own. Does "
+            "something outside the model keep them?"
+        )
+    logits, _ = _run(model, adapter_class)
+    untuned.requires_grad_(False)
+    modules = _projections(untuned)[part]
+    right = _hooked(
+        untuned, modules, lambda i, x: x + adapters[i].up(torch.relu(adapters[i].down(x)))
+    )
+    if _same(logits, untuned(_IDS).logits):
+        raise Mistake("The adapters run, but what they return is thrown away.")
+    if not _same(logits, right, 1e-4):
+        as_they_are = _hooked(untuned, modules, lambda i, x: adapters[i](x))
+        if _same(logits, as_they_are, 1e-4):
+            raise Mistake("The adapters in the model have another activation than a ReLU.")
+        raise Mistake(
+            f"With random weights in the adapters the logits of a {type(model).__name__} are not "
+            "those of a model in which each projection's output is replaced by its adapter's."
+        )
+    if not _same_gradient(logits, right, [p for m in adapters for p in m.parameters()]):
+        raise Mistake(
+            "The logits are right, but the gradient that reaches the adapters is not. Is "
+            "something cut off on the way?"
+        )
+
+
+def _refuses(answer, adapter_class, untuned):
     for names in (("mlp.c_proj", "o_proj"), ("o_proj", "down_proj")):
-        gpt2 = copy.deepcopy(untuned)
+        gpt2 = copy.deepcopy(untuned).requires_grad_(True)
         try:
             answer(gpt2, 4, names)
         except ValueError:
@@ -333,85 +570,88 @@ def _other_models(answer, adapter_class, ids):
                     "The ValueError for a missing name comes too late: the first adapters are in "
                     "the model already."
                 ) from None
+            if not all(p.requires_grad for p in gpt2.parameters()):
+                raise Mistake(
+                    "After the ValueError for a missing name the model is left frozen."
+                ) from None
             continue
-        if any(isinstance(m, adapter_class) for m in gpt2.modules()):
-            raise Mistake("A name that fits no module is passed over as long as another fits.")
-        if names == ("o_proj", "down_proj"):
-            raise Mistake(
-                "GPT-2 has neither o_proj nor down_proj, and nothing is said: the user would train "
-                "a model without adapters."
-            )
-    gpt2 = copy.deepcopy(untuned)
-    torch.manual_seed(0)
-    try:
-        answer(gpt2, 4, ("attn.c_proj", "mlp.c_proj"))
-    except ValueError as error:
-        try:
-            answer(copy.deepcopy(untuned), 4, ("c_proj",))
-        except ValueError:
-            raise Mistake(
-                f"GPT-2 has attn.c_proj and mlp.c_proj, and yet: {error} Which class are they of?"
-            ) from error
-        raise Mistake(f"A name of two parts, attn.c_proj, finds nothing: {error}") from error
-    try:
-        logits, calls = _run(gpt2, ids, adapter_class)
-    except Mistake as error:
-        raise Mistake(
-            "A GPT-2 with adapters does not run. Its projections are Conv1D, whose weight is "
-            f"(in, out). {str(error.__cause__).splitlines()[0]}."
-        ) from error
-    if len(calls) != 4:
-        raise Mistake(f"In GPT-2, {len(calls)} adapters run, of 2 blocks with two places each.")
-    adapters = [_fill(m, 0.3) for m, _ in calls]
-    reference = _outputs(untuned, ids, lambda i, output: adapters[i](output))[2]
-    if not _same(_run(gpt2, ids, adapter_class)[0], reference):
-        raise Mistake("In GPT-2 the adapters do not change the logits as they should.")
-    gpt2 = copy.deepcopy(untuned)
-    answer(gpt2, 4, ("mlp.c_proj",))
-    _, calls = _run(gpt2, ids, adapter_class)
-    if len(calls) != 2:
-        raise Mistake(f"With mlp.c_proj alone, {len(calls)} adapters run in a GPT-2 of 2 blocks.")
-    half = load_base("tiny", device="cpu", dtype=torch.bfloat16)[0]
+        raise Mistake(f"GPT-2 has no {names[-1]}, and there is no ValueError.")
+
+
+def _elsewhere(answer, adapter_class):
+    """A bfloat16 model, and one on another device; "meta" is a device without any numbers."""
+    half = _llama(20, 2, torch.bfloat16)
     answer(half, 4, ("o_proj", "down_proj"))
     if {p.dtype for p in half.parameters() if p.requires_grad} != {torch.float32}:
         raise Mistake("In a bfloat16 model the adapters are not float32.")
-    _run(half, ids, adapter_class)
+    if {p.dtype for p in half.parameters() if not p.requires_grad} != {torch.bfloat16}:
+        raise Mistake("A bfloat16 model is no longer bfloat16 after the adapters were added.")
+    _run(half, adapter_class)
+    moved = _llama(20, 2).to("meta")
+    answer(moved, 4, ("o_proj", "down_proj"))
+    devices = {str(p.device) for p in moved.parameters() if p.requires_grad}
+    if devices != {"meta"}:
+        raise Mistake(
+            f"The model is on another device, here 'meta', and its adapters are on "
+            f"{', '.join(sorted(devices))}. On a GPU it would not run."
+        )
+
+
+# Task 5
 
 
 def not_affine(answer):
     """Check a function (f, x, y) -> the largest absolute difference between the two sides."""
     torch.manual_seed(0)
-    x, y = torch.randn(20, 6), torch.randn(20, 6)
+    x, y = torch.randn(2, 20, 6)
+    given = x.clone(), y.clone()
     plain, biased = nn.Linear(6, 5, bias=False), nn.Linear(6, 5)
-    if float(answer(plain, x, y)) > 1e-4:
+    if type(got := answer(plain, x, y)) is not float:
+        raise Mistake(f"The result is a {type(got).__name__}, not a Python float.")
+    if answer(plain, x, y) > 1e-4:
         raise Mistake("A linear layer without a bias does not come out as zero.")
-    if float(answer(biased, x, y)) > 1e-4:
+    if answer(biased, x, y) > 1e-4:
         raise Mistake(
             "A linear layer with a bias does not come out as zero. How often does the bias stand "
             "on each side?"
         )
-    right = (2 * x * y).abs().max().item()  # of the square, the difference is 2 x y
-    got = float(answer(torch.square, x, y))
+    got = answer(torch.square, x, y)
+    if not (torch.equal(x, given[0]) and torch.equal(y, given[1])):
+        raise Mistake("The caller's x or y is changed.")
+    if answer(torch.square, x, y) != got:
+        raise Mistake("Two calls with the same x and y differ. Take the points that are given.")
+    gap = (2 * x * y).abs()  # of the square
     known = {
         0.0: "is zero, so it would be taken for affine",
-        (2 * x * y).abs().mean().item(): "is the mean of the differences, not the largest",
-        (2 * x * y)[0].abs().max().item(): "looks at the first row alone",
-        (2 * x * y).square().max().item(): "is the square of the largest difference",
+        gap.mean().item(): "is the mean of the differences, not the largest",
+        gap.sum().item(): "is the sum of the differences, not the largest",
+        gap.norm().item(): "is the norm of the differences, not the largest",
+        gap[0].max().item(): "looks at the first row alone",
+        gap.square().max().item(): "is the square of the largest difference",
+        gap.max().item() / (x + y).square().max().item(): "is divided by the size of f",
     }
     for value, what in known.items():
         if abs(got - value) < 1e-4:
             raise Mistake(f"For f(x) = x * x the result {what}.")
-    both = (answer(torch.square, x.abs(), y.abs()), answer(torch.square, -x.abs(), y.abs()))
-    if min(map(float, both)) < 1e-3:
-        raise Mistake("A difference below zero is not found: its sign must not count.")
-    if abs(got - right) > 1e-3:
-        raise Mistake(f"For f(x) = x * x the result is {got:.4g} and not {right:.4g}.")
+    for sign in (1, -1):
+        if answer(torch.square, sign * x.abs(), y.abs()) < 1e-3:
+            raise Mistake("A difference below zero is not found: its sign must not count.")
+    for f, a, b, what in (
+        (torch.square, x, y, "x * x"),
+        (lambda z: 3 - z**3, x[:1, :3], y[:1, :3], "3 - x ** 3"),
+    ):
+        right = (f(a + b) - f(a) - f(b) + f(0 * a)).abs().max().item()
+        if abs((got := answer(f, a, b)) - right) > 1e-3:
+            raise Mistake(f"For f(x) = {what} the result is {got:.4g} and not {right:.4g}.")
 
 
-def _pair(adapter_class, activation, bias=True, shape=(5, 8)):
+# Task 6
+
+
+def _pair(adapter_class, activation, bias=True, shape=(5, 8), std=0.7):
     torch.manual_seed(3)
     linear = nn.Linear(*shape, bias=bias)
-    return linear, _fill(adapter_class(shape[1], 3, activation), 0.7)
+    return linear, _fill(adapter_class(shape[1], 3, activation), std)
 
 
 def _merged(answer, linear, module):
@@ -423,13 +663,13 @@ def _merged(answer, linear, module):
         bias = "with" if linear.bias is not None else "without"
         raise Mistake(
             f"For a projection {bias} bias, from {linear.in_features} to {linear.out_features} "
-            f"features: {str(error).splitlines()[0]}."
+            f"features: {_first_line(error)}."
         ) from error
 
 
 def merge(answer, adapter_class):
     """Check a function (linear, adapter) -> nn.Linear, given the class of task 1."""
-    for bias, shape in ((True, (5, 8)), (True, (8, 8)), (False, (5, 8))):
+    for bias, shape in ((True, (5, 8)), (True, (8, 8)), (False, (5, 8)), (False, (8, 3))):
         linear, module = _pair(adapter_class, nn.Identity(), bias, shape)
         before = copy.deepcopy((linear, module))
         try:
@@ -445,6 +685,11 @@ def merge(answer, adapter_class):
             now, old = (linear, module)[i].state_dict(), before[i].state_dict()
             if not all(torch.equal(now[key], old[key]) for key in old):
                 raise Mistake(f"Merging has changed the {name} that was passed in.")
+        if (merged.in_features, merged.out_features) != shape:
+            raise Mistake(
+                f"The merged layer goes from {merged.in_features} to {merged.out_features} "
+                f"features, the projection from {shape[0]} to {shape[1]}."
+            )
         with torch.no_grad():
             _like_one_of(merged, linear, module)
     linear, module = nn.Linear(5, 8), adapter_class(8, 3, torch.relu)
@@ -457,7 +702,10 @@ def merge(answer, adapter_class):
     x = torch.randn(40, 5)
     if not _same(merged(x), linear(x)):
         raise Mistake("Merged with an untrained adapter the projection gives something else.")
-    for name, activation in (("ReLU", torch.relu), ("GELU", nn.GELU()), ("tanh", torch.tanh)):
+    _scales(answer, adapter_class)
+    for name, activation in (
+        ("ReLU", torch.relu), ("GELU", nn.GELU()), ("tanh", torch.tanh), ("sine", torch.sin),
+    ):  # fmt: skip
         try:
             _merged(answer, *_pair(adapter_class, activation))
         except ValueError:
@@ -466,6 +714,51 @@ def merge(answer, adapter_class):
             f"An adapter with {name} is merged without a word, though no nn.Linear can do what it "
             "does."
         )
+    for seed in range(5):
+        linear, module = _pair(adapter_class, lambda z: z.clamp(-5, 5))
+        torch.manual_seed(seed)
+        try:
+            _merged(answer, linear, module)
+        except ValueError:
+            continue
+        raise Mistake(
+            "An adapter whose activation bends only beyond 5 is merged. Are the points many, and "
+            "far enough from zero?"
+        )
+
+
+def _scales(answer, adapter_class):
+    """Large and small outputs, and outputs below zero, are judged by their own size."""
+    for factor, shift in ((1e4, 0.0), (1.0, -300.0)):
+        linear, module = _pair(adapter_class, nn.Identity(), std=0.05)
+        with torch.no_grad():
+            linear.weight.mul_(factor)
+            linear.bias.add_(shift)
+        try:
+            merged = _merged(answer, linear, module)
+        except ValueError as error:
+            size = f"weights {factor:g} times as large" if not shift else "outputs far below zero"
+            raise Mistake(
+                f"With {size} a mergeable adapter is refused. The measure must be compared with "
+                "the absolute size of the outputs."
+            ) from error
+        x = torch.randn(20, 5)
+        expected = module(linear(x))
+        if not _same(merged(x), expected, 1e-4 * expected.abs().max().item()):
+            raise Mistake("With a large projection the merged layer gives something else.")
+    linear, module = _pair(adapter_class, torch.relu, bias=False)
+    with torch.no_grad():
+        linear.weight.mul_(1e-5)
+        for p in (module.down.bias, module.up.bias):
+            p.zero_()
+    try:
+        _merged(answer, linear, module)
+    except ValueError:
+        return
+    raise Mistake(
+        "With weights 1e-5 times as large an adapter with a ReLU is merged. The limit is fixed, "
+        "but all outputs are small."
+    )
 
 
 def _like_one_of(merged, linear, module):
@@ -475,10 +768,6 @@ def _like_one_of(merged, linear, module):
     b = torch.zeros(len(W)) if linear.bias is None else linear.bias
     inner, outer = U @ module.down.bias, module.up.bias
     right, bias = W + change @ W, b + change @ b + inner + outer
-
-    def like(weight, bias):
-        weights = _same(merged.weight, weight)
-        return weights and merged.bias is not None and _same(merged.bias, bias)
 
     if _same(merged.weight, W):
         raise Mistake("The merged weight is the old one: the adapter is not in it.")
@@ -491,36 +780,58 @@ def _like_one_of(merged, linear, module):
         )
     if merged.bias is None:
         raise Mistake("The merged layer has no bias, but the adapter adds constants.")
+    if _same(merged.weight, right + bias[:, None]):
+        raise Mistake("Every column of the merged weight has the bias in it.")
     if _same(merged.weight, right):
         for value, what in (
             (b, "It is that of the projection alone."),
             (b + change @ b + outer, "The bias in the middle of the adapter is lost."),
             (b + change @ b + inner, "The last bias of the adapter is lost."),
             (b + inner + outer, "The projection's bias goes through the adapter as well."),
+            (change @ b + inner + outer, "The skip carries the projection's bias, too."),
             (inner + outer, "What became of the projection's bias?"),
         ):
             if _same(merged.bias, value) and not _same(value, bias):
                 raise Mistake(f"The weight is right and the bias is not. {what}")
-    if not like(right, bias):
+    if not (_same(merged.weight, right) and _same(merged.bias, bias)):
         raise Mistake("The merged layer does not give what projection and adapter give.")
 
 
-def _set(params, values):
-    with torch.no_grad():
-        for p, value in zip(params, values, strict=True):
-            p.copy_(value)
+# Task 7
 
 
 def prepare(answer):
-    """Check a function (model, bottleneck, lr) -> (the model, its optimiser), for a Llama."""
-    model, _ = load_base("tiny", device="cpu")
-    untuned, ids = copy.deepcopy(model), torch.arange(60, 72).reshape(2, 6)
-    base = {id(p) for p in model.parameters()}
-    torch.manual_seed(0)
-    result = answer(model, 4, 0.03)
+    """Check a function (model, bottleneck, lr) -> (the model, its optimizer), for a Llama."""
+    first = _prepared(answer, _llama(32, 2), 4, 0.03)
+    _prepared(answer, _llama(16, 3), 5, 0.002)
+    try:
+        _computes(*first)
+    except (Mistake, RuntimeError) as error:
+        raise Mistake(
+            "A model computes something else after another one has been prepared. Do the two share "
+            "something?"
+        ) from error
+    half = _llama(16, 2, torch.bfloat16)
+    base = {id(p) for p in half.parameters()}
+    answer(half, 3, 0.01)
+    if any(p.dtype != torch.float32 for p in half.parameters() if id(p) not in base):
+        raise Mistake("The adapters of a bfloat16 Llama are not float32.")
+    if any(p.dtype != torch.bfloat16 for p in half.parameters() if id(p) in base):
+        raise Mistake("The base of a bfloat16 Llama is no longer bfloat16.")
+    try:
+        half(_IDS)
+    except RuntimeError as error:
+        raise Mistake(f"A bfloat16 Llama does not run: {_first_line(error)}.") from error
+
+
+def _prepared(answer, model, m, lr):
+    """Check one model, given the bottleneck and the learning rate to ask for."""
+    untuned, base = copy.deepcopy(model), {id(p) for p in model.parameters()}
+    hidden, blocks = model.config.hidden_size, model.config.num_hidden_layers
+    result = answer(model, m, lr)
     pair = isinstance(result, tuple) and len(result) == 2
     if not pair or result[0] is not model or not isinstance(result[1], torch.optim.Optimizer):
-        raise Mistake("Return the model, changed in place, and an optimiser.")
+        raise Mistake("Return the model, changed in place, and an optimizer.")
     optimizer = result[1]
     new = [p for p in model.parameters() if id(p) not in base]
     if not new:
@@ -530,35 +841,41 @@ def prepare(answer):
             f"The adapters are {new[0].dtype}. Small updates round away there, and Adam divides by "
             "an epsilon that this type takes for zero."
         )
-    one = 2 * 32 * 4 + 32 + 4
-    size = sum(p.numel() for p in new)
+    one, size = _size(hidden, m), sum(p.numel() for p in new)
     if size == one:
-        raise Mistake("One adapter serves both blocks.")
-    if size == 4 * one:
+        raise Mistake("One adapter serves all blocks.")
+    if size == 2 * blocks * one:
         raise Mistake("There are two adapters in each block. Pfeiffer et al. have one.")
-    if size != 2 * one:
-        raise Mistake(f"The adapters of 2 blocks should have {2 * one} numbers, not {size}.")
+    if size != blocks * one:
+        raise Mistake(
+            f"The adapters of {blocks} blocks of width {hidden} should have {blocks * one} "
+            f"parameters with a bottleneck of {m}, not {size}."
+        )
     left = [n for n, p in model.named_parameters() if id(p) in base and p.requires_grad]
     if left:
         raise Mistake(f"The base would be trained too: {left[0]} requires grad.")
     if not all(p.requires_grad for p in new):
         raise Mistake("The adapters do not require grad: nothing at all would be trained.")
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if not held & {id(p) for p in new}:
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    if not {id(p) for p in held} & {id(p) for p in new}:
         raise Mistake(
-            "The optimiser holds no adapter. It knows only what existed when it was made, or what "
+            "The optimizer holds no adapter. It knows only what existed when it was made, or what "
             "it was given."
         )
-    if not all(id(p) in held for p in new):
-        raise Mistake("The optimiser holds some tensors of the adapters, but not all.")
-    if not all(group["lr"] == 0.03 for group in optimizer.param_groups):
-        raise Mistake("The optimiser does not have the learning rate that was asked for.")
+    if not {id(p) for p in held} >= {id(p) for p in new}:
+        raise Mistake("The optimizer holds some tensors of the adapters, but not all.")
+    if type(optimizer) is not torch.optim.AdamW:
+        raise Mistake(f"The optimizer is {type(optimizer).__name__}, not AdamW.")
+    if not all(group["lr"] == lr for group in optimizer.param_groups):
+        raise Mistake("The optimizer does not have the learning rate that was asked for.")
+    logits, before = model(_IDS).logits, untuned(_IDS).logits
+    kept = [p.detach().clone() for p in new]
     with torch.no_grad():
-        logits, before = model(ids).logits, untuned(ids).logits
-        kept = [p.clone() for p in new]
-        _set(new, [torch.zeros_like(p) for p in new])
-        empty = model(ids).logits
-        _set(new, kept)
+        for p in new:
+            p.zero_()
+        empty = model(_IDS).logits
+        for p, value in zip(new, kept, strict=True):
+            p.copy_(value)
     if not _same(empty, before):
         raise Mistake(
             "With zeros in all its weights an adapter should be a bare skip. Here the model then "
@@ -568,63 +885,54 @@ def prepare(answer):
         raise Mistake(
             "Before the first step the logits already differ: the adapters start as noise."
         )
-    for start in (0, 4):
-        for p in new[start : start + 4]:
-            nn.init.normal_(p, std=0.3)
+    _computes(model, untuned, new)
+    values = [p.detach().clone() for p in new]
+    optimizer.zero_grad()
+    model(_IDS).logits.square().mean().backward()
+    optimizer.step()
+    if any(torch.equal(p, old) for p, old in zip(new, values, strict=True)):
+        raise Mistake("One step leaves a tensor of the adapters as it was.")
+    return model, untuned, new
+
+
+def _computes(model, untuned, new):
+    """Random adapters, of four tensors each, stand behind the feed-forward networks."""
+    groups = [new[i : i + 4] for i in range(0, len(new), 4)]
+    for group in groups:
+        before = model(_IDS).logits
         with torch.no_grad():
-            changed = model(ids).logits
-        if _same(changed, logits):
+            for p in group:
+                p.normal_(std=0.3)
+        if _same(model(_IDS).logits, before):
             raise Mistake(
                 "One of the adapters has no say: its weights change and no logit does. Which one "
                 "runs in which block?"
             )
-        logits = changed
-    _, _, right = _outputs(untuned, ids, _places(new, odd=True))
-    with torch.no_grad():
-        logits = model(ids).logits
-    if _same(logits, right):
-        _step(model, optimizer, ids)
+
+    def behind(i, x):
+        if isinstance(x, tuple):
+            return (behind(i, x[0]), *x[1:])
+        hidden = x.shape[-1]
+        D, U = (next(p for p in groups[i] if p.dim() == 2 and p.shape[d] == hidden) for d in (1, 0))
+        d, u = (next(p for p in groups[i] if p.shape == (len(M),)) for M in (D, U))
+        return x + torch.relu(x @ D.T + d) @ U.T + u
+
+    untuned.requires_grad_(False)
+    logits, layers = model(_IDS).logits, untuned.model.layers
+    networks = _hooked(untuned, [block.mlp for block in layers], behind)
+    if _same(logits, networks, 1e-4):
+        if not _same_gradient(logits, networks, new):
+            raise Mistake(
+                "The logits are right, but the gradient of the adapters is not complete. Is it cut "
+                "off somewhere?"
+            )
         return
-    handles = [
-        block.register_forward_hook(
-            lambda module, args, output, i=i: _places(new)(2 * i + 1, output)
-        )
-        for i, block in enumerate(untuned.model.layers)
-    ]
-    with torch.no_grad():
-        after = untuned(ids).logits
-    for handle in handles:
-        handle.remove()
-    if _same(logits, after):
+    if _same(logits, _hooked(untuned, layers, behind), 1e-4):
         raise Mistake(
             "The adapters change the sum of the feed-forward network and the residual. They belong "
             "to the network's output alone."
         )
-    _, _, attention = _outputs(untuned, ids, _places(new, odd=False))
-    if _same(logits, attention):
+    attention = [block.self_attn.o_proj for block in layers]
+    if _same(logits, _hooked(untuned, attention, behind), 1e-4):
         raise Mistake("The adapters stand behind the attention.")
     raise Mistake("With random adapters the model computes something else than it should.")
-
-
-def _places(params, odd=True):
-    """A function (place, x) -> x behind the adapter of that place; places 1, 3 ... are the FFNs."""
-    groups = [list(params)[i : i + 4] for i in range(0, len(params), 4)]
-
-    def change(i, x):
-        if i % 2 != odd:
-            return x
-        matrices = {tuple(p.shape): p for p in groups[i // 2]}
-        inner = torch.relu(x @ matrices[4, 32].T + matrices[4,])
-        return x + inner @ matrices[32, 4].T + matrices[32,]
-
-    return change
-
-
-def _step(model, optimizer, ids):
-    """One step moves every tensor of the adapters."""
-    before = [(p, p.clone()) for p in model.parameters() if p.requires_grad]
-    optimizer.zero_grad()
-    model(ids, labels=ids).loss.backward()
-    optimizer.step()
-    if any(torch.equal(p, old) for p, old in before):
-        raise Mistake("One step leaves a tensor of the adapters as it was.")
