@@ -177,7 +177,7 @@ WRONG = [
         _positions("(attention_mask.cumsum(-1) - 1).masked_fill(attention_mask == 0, -1)"),
         "no table has it",
     ),
-    ("positions", _positions("torch.arange(attention_mask.shape[1])"), "positions of (8,)"),
+    ("positions", _positions("torch.arange(attention_mask.shape[1])"), "gives positions (8,)"),
     ("positions", _positions("attention_mask - 1"), "have the positions"),
     (
         "greedy",
@@ -332,5 +332,229 @@ def start_rows(model, tokenizer, n):
             ),
         ),
         "A copy takes its memory twice",
+    ),
+    # Task 1
+    ("extend_labels", _labels("pad(labels, (3, 0), value=-100)"), "does not follow n"),
+    (
+        "extend_labels",
+        _labels("torch.cat([torch.full((2, n), -100), labels], 1)"),
+        "do not follow what comes in",
+    ),
+    (
+        "extend_labels",
+        _labels("torch.cat([torch.full((len(labels), n), -100), labels], 1)"),
+        "new labels are made on the CPU",
+    ),
+    ("extend_labels", _labels("pad(labels, (n, 0), value=-1)"), "ignores only -100"),
+    (
+        "extend_labels",
+        _labels("pad(labels.masked_fill(labels == -100, 0), (n, 0), value=-100)"),
+        "Where the text had -100",
+    ),
+    # Task 2
+    ("extend_mask", _mask("pad(1 - attention_mask, (n, 0), value=1)"), "turned around"),
+    (
+        "extend_mask",
+        _mask("(1.0 - pad(attention_mask, (n, 0), value=1)) * torch.finfo(torch.float32).min"),
+        "The mask holds",
+    ),
+    (
+        "extend_mask",
+        _mask("pad(attention_mask, (n, 0), value=1)[:, None, None, :]"),
+        "Making four dimensions",
+    ),
+    (
+        "extend_mask",
+        _mask("pad(attention_mask, (n, 0), value=1).sort(1, True).values"),
+        "not where its tokens are",
+    ),
+    (
+        "extend_mask",
+        """
+def extend_mask(attention_mask, n):
+    attention_mask[:, :n] = 1
+    return pad(attention_mask, (n, 0), value=1)
+""",
+        "that came in was changed",
+    ),
+    (
+        "extend_mask",
+        _mask("torch.cat([attention_mask.new_ones(2, n), attention_mask], 1)"),
+        "an error for 3",
+    ),
+    (
+        "extend_mask",
+        _mask("pad(attention_mask, (n, 0), value=1).long()"),
+        "came out as torch.int64",
+    ),
+    # Task 3
+    (
+        "start_rows",
+        _start(("    special =", "    torch.manual_seed(0)\n    special =")),
+        "The function seeds torch itself",
+    ),
+    (
+        "start_rows",
+        """
+def start_rows(model, tokenizer, n):
+    ids = torch.randint(len(tokenizer), (n,))
+    special = torch.tensor(tokenizer.all_special_ids)
+    return model.get_input_embeddings().weight.detach()[ids[~torch.isin(ids, special)]].float()
+""",
+        "drawn and then left out",
+    ),
+    (
+        "start_rows",
+        """
+def start_rows(model, tokenizer, n):
+    ids = torch.randint(len(tokenizer), (n,))
+    for i in tokenizer.all_special_ids:
+        ids[ids == i] = 50
+    return model.get_input_embeddings().weight.detach()[ids].float()
+""",
+        "drawn far more often",
+    ),
+    (
+        "start_rows",
+        _start((".detach()", ".requires_grad_(False)")),
+        "has frozen the table",
+    ),
+    (
+        "start_rows",
+        _start(("[ids].float()", ".numpy()[ids]"))
+        .replace("return model", "return torch.tensor(model")
+        .rstrip()
+        + ").float()\n",
+        "bfloat16 model the function fails",
+    ),
+    # Task 4
+    (
+        "positions",
+        _positions("attention_mask.cumsum(-1, dtype=torch.int32) - 1"),
+        "not torch.int32",
+    ),
+    (
+        "positions",
+        _positions(
+            "(torch.arange(attention_mask.shape[1]) - (attention_mask == 0).sum(1, keepdim=True))"
+            ".clamp(min=0)"
+        ),
+        "several virtual tokens have position 0",
+    ),
+    ("positions", _positions("attention_mask.cumsum(0) - 1"), "Count along each row"),
+    ("positions", _positions("attention_mask.cumsum_(-1) - 1"), "the model still needs it"),
+    (
+        "positions",
+        """
+def positions(attention_mask):
+    ids = torch.zeros(attention_mask.shape, dtype=torch.int64)
+    for column in range(1, attention_mask.shape[1]):
+        ids[:, column] = ids[:, column - 1] + attention_mask[:, column]
+    return ids
+""",
+        "positions are made on the CPU",
+    ),
+    (
+        "positions",
+        _positions("attention_mask.cumsum(-1) - attention_mask"),
+        "a bool tensor is not supported",
+    ),
+    # Task 5
+    ("greedy", _greedy(("range(steps)", "range(6)")), "2 rows and 4 steps"),
+    (
+        "greedy",
+        _greedy(("[mask, mask.new_ones(len(mask), 1)]", "[mask.new_ones(len(mask), 1), mask]")),
+        "its new one is not behind",
+    ),
+    (
+        "greedy",
+        _greedy(
+            (
+                "=positions(mask)[:, -inputs.shape[1] :]",
+                "=positions(mask) if cache is None else "
+                "torch.full((len(mask), 1), mask.shape[1] - 1)",
+            )
+        ),
+        "goes on where its own row stood",
+    ),
+    (
+        "greedy",
+        _greedy(
+            (
+                "        inputs = model.get",
+                "        if (new[-1] == model.config.eos_token_id).any():\n            break\n"
+                "        inputs = model.get",
+            )
+        ),
+        "After one token it stops",
+    ),
+    ("greedy", _greedy(("            use_cache=True,\n", "")), "Ask for it in the call"),
+    ("greedy", _greedy((".to(words.dtype)", "")), "float32 prompt before a bfloat16"),
+    ("greedy", _greedy(("torch.stack(new, 1)", "torch.stack(new, 1).tolist()")), "this is a list"),
+    # Task 6
+    (
+        "prompt_tuned",
+        _tuned(("n = len(self.prompt)", "n = 5")),
+        "2 rows behind 5 do",
+    ),
+    (
+        "prompt_tuned",
+        _tuned(
+            (
+                "output.logits = output.logits[:, n:]",
+                "output.logits = output.logits if labels is None else output.logits[:, n:]",
+            )
+        ),
+        "Without labels the logits",
+    ),
+    ("prompt_tuned", _tuned(("return output", "return output.loss")), "forward returns a Tensor"),
+    (
+        "prompt_tuned",
+        _tuned(("model.requires_grad_(False)", "model.requires_grad_(False).float()")),
+        "torch.float64 model was turned",
+    ),
+    (
+        "prompt_tuned",
+        _tuned(
+            (
+                "        n = len(self.prompt)",
+                "        self.prompt.data = self.prompt.data.to(self.model.dtype)\n"
+                "        n = len(self.prompt)",
+            )
+        ),
+        "One forward pass has turned",
+    ),
+    (
+        "prompt_tuned",
+        _tuned(
+            ("self.prompt = nn", "self.model.prompt = self.prompt = nn"),
+        ),
+        "registered in the base model",
+    ),
+    (
+        "prompt_tuned",
+        _tuned(
+            (
+                "        self.prompt = nn",
+                "        self.scale = nn.Parameter(torch.ones(1))\n        self.prompt = nn",
+            )
+        ),
+        "What else does the module hold",
+    ),
+    (
+        "prompt_tuned",
+        _tuned(("torch.promote_types(prompt.dtype, torch.float32)", "torch.float32")),
+        "float64 stays",
+    ),
+    (
+        "prompt_tuned",
+        _tuned(
+            (
+                "        n = len(self.prompt)",
+                "        if self.model.dtype == torch.bfloat16:\n            self.model.float()\n"
+                "        n = len(self.prompt)",
+            )
+        ),
+        "torch.bfloat16 model was turned",
     ),
 ]
