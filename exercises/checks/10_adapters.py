@@ -21,6 +21,13 @@ def _fill(module, std=1.0):
     return module
 
 
+def _tell(*rows):
+    """Raise Mistake(why) for the first row (wrong, why) that is wrong."""
+    for wrong, why in rows:
+        if wrong:
+            raise Mistake(why)
+
+
 def _first_line(error):
     return str(error).splitlines()[0].removesuffix(".")
 
@@ -86,23 +93,19 @@ def _starts(answer, activation):
     module, x = answer(6, 4, activation), torch.randn(3, 5, 6)
     got = module(x)
     if not torch.equal(got, x):
-        if got.shape == x.shape and not got.any():
-            raise Mistake(
-                "A new adapter returns zeros, whatever it gets: it stands in for the projection's "
-                "output instead of adding to it."
-            )
-        if torch.equal(got, activation(x)):
-            raise Mistake("The activation is applied to the sum, so it also hits what is skipped.")
-        if module.up.weight.any() and module.down.weight.any():
-            raise Mistake(
-                "A new adapter already changes what it gets, because both projections start at "
-                "random. The model would no longer be the one that was pretrained."
-            )
-        if module.up.bias.any():
-            raise Mistake(
-                "A new adapter adds a constant: a bias of its second projection is not zero."
-            )
-        raise Mistake("A new adapter does not give back exactly what it gets.")
+        _tell(
+            (got.shape == x.shape and not got.any(),
+             "A new adapter returns zeros, whatever it gets: it stands in for the projection's "
+             "output instead of adding to it."),
+            (torch.equal(got, activation(x)),
+             "The activation is applied to the sum, so it also hits what is skipped."),
+            (module.up.weight.any() and module.down.weight.any(),
+             "A new adapter already changes what it gets, because both projections start at "
+             "random. The model would no longer be the one that was pretrained."),
+            (module.up.bias.any(),
+             "A new adapter adds a constant: a bias of its second projection is not zero."),
+            (True, "A new adapter does not give back exactly what it gets."),
+        )  # fmt: skip
     target = torch.randn(3, 5, 6)
     for _ in range(4):
         loss = (module(x) - target).square().mean()
@@ -144,8 +147,7 @@ def _formula(answer):
         (x + module.up(torch.relu(inner)), "Given tanh as its activation, the adapter still uses a "
                                            "ReLU."),
     ):  # fmt: skip
-        if _same(got, wrong, 1e-4):
-            raise Mistake(why)
+        _tell((_same(got, wrong, 1e-4), why))
     if not _same(got, x + module.up(torch.tanh(inner)), 1e-4):
         raise Mistake("With random weights the output is not x + U f(D x + d) + u.")
     other = _fill(answer(5, 8, torch.sigmoid))
@@ -240,8 +242,7 @@ def count(answer):
             ((n * _size(h, h // m),), "The bottleneck is taken for a factor by which the width "
                                       "shrinks."),
         ):  # fmt: skip
-            if got[place] in known:
-                raise Mistake(why)
+            _tell((got[place] in known, why))
     if got["houlsby"] == got["pfeiffer"]:
         raise Mistake("Both placements have the same count.")
     if (got["houlsby"], got["pfeiffer"]) == (layers * one, 2 * layers * one):
@@ -468,14 +469,15 @@ def add_adapters(answer, adapter_class):
     if not torch.equal(logits, untuned(_IDS).logits):
         raise Mistake("With untrained adapters the logits are no longer those of the base.")
     got, (ins, outs, sums) = [x for _, x in calls], _seen(untuned)
-    if any(_same(x, y) for x, y in zip(got, sums, strict=True)):
-        raise Mistake(
-            "An adapter gets the sum with the residual. It belongs before the block adds that."
-        )
-    if any(_same(x, y) for x, y in zip(got, ins, strict=True)):
-        raise Mistake("An adapter gets what goes into its projection, not what comes out.")
-    if not all(_same(x, y) for x, y in zip(got, outs, strict=True)):
-        raise Mistake("The adapters do not get what o_proj and down_proj return.")
+    same_sum, same_in, same_out = (
+        [_same(x, y) for x, y in zip(got, others, strict=True)] for others in (sums, ins, outs)
+    )
+    _tell(
+        (any(same_sum), "An adapter gets the sum with the residual. It belongs before the block "
+                        "adds that."),
+        (any(same_in), "An adapter gets what goes into its projection, not what comes out."),
+        (not all(same_out), "The adapters do not get what o_proj and down_proj return."),
+    )  # fmt: skip
     frozen = [n for n, p in model.named_parameters() if id(p) in base and p.requires_grad]
     if frozen:
         raise Mistake(f"The base is not frozen: {frozen[0]} still requires grad.")
@@ -505,25 +507,20 @@ def add_adapters(answer, adapter_class):
 
 def _number(calls, owned):
     """Four adapters run, each once, and the model knows them."""
-    if not calls:
-        raise Mistake("No adapter runs when the model does.")
-    if not owned:
-        raise Mistake(
-            "Adapters run, but the model does not know them: model.parameters() lists none of "
-            "them, so nobody would train, save or move them."
-        )
-    different = len({id(m) for m, _ in calls})
-    if len(calls) == 4 and different == 1:
-        raise Mistake("One adapter serves all four places. Each place needs its own.")
-    if different < len(calls):
-        raise Mistake("An adapter runs more than once in a forward pass: some places share it.")
-    if len(calls) != 4:
-        raise Mistake(f"{len(calls)} adapters run in 2 blocks with o_proj and down_proj each.")
-    if {id(m) for m in owned} != {id(m) for m, _ in calls}:
-        raise Mistake(
-            f"The model has {len(owned)} adapters among its modules, and they are not the 4 that "
-            "run."
-        )
+    running = {id(m) for m, _ in calls}
+    _tell(
+        (not calls, "No adapter runs when the model does."),
+        (not owned, "Adapters run, but the model does not know them: model.parameters() lists none "
+                    "of them, so nobody would train, save or move them."),
+        (len(calls) == 4 and len(running) == 1,
+         "One adapter serves all four places. Each place needs its own."),
+        (len(running) < len(calls),
+         "An adapter runs more than once in a forward pass: some places share it."),
+        (len(calls) != 4, f"{len(calls)} adapters run in 2 blocks with o_proj and down_proj each."),
+        ({id(m) for m in owned} != running,
+         f"The model has {len(owned)} adapters among its modules, and they are not the 4 that "
+         "run."),
+    )  # fmt: skip
 
 
 def _behind(model, untuned, adapter_class, part=slice(None)):
@@ -655,10 +652,13 @@ def _pair(adapter_class, activation, bias=True, shape=(5, 8), std=0.7):
 
 
 def _merged(answer, linear, module):
+    """The merged layer, or "refused"."""
     try:
         return answer(linear, module)
-    except (NotImplementedError, ValueError):
+    except NotImplementedError:
         raise
+    except ValueError:
+        return "refused"
     except (RuntimeError, AttributeError, TypeError) as error:
         bias = "with" if linear.bias is not None else "without"
         raise Mistake(
@@ -672,15 +672,13 @@ def merge(answer, adapter_class):
     for bias, shape in ((True, (5, 8)), (True, (8, 8)), (False, (5, 8)), (False, (8, 3))):
         linear, module = _pair(adapter_class, nn.Identity(), bias, shape)
         before = copy.deepcopy((linear, module))
-        try:
-            merged = _merged(answer, linear, module)
-        except ValueError as error:
-            raise Mistake(
-                "An adapter without activation is refused, although it can be merged. How far from "
-                "zero does rounding alone lead?"
-            ) from error
-        if type(merged) is not nn.Linear:
-            raise Mistake(f"Return a plain nn.Linear; this is a {type(merged).__name__}.")
+        merged = _merged(answer, linear, module)
+        _tell(
+            (merged == "refused", "An adapter without activation is refused, although it can be "
+                                  "merged. How far from zero does rounding alone lead?"),
+            (type(merged) is not nn.Linear,
+             f"Return a plain nn.Linear; this is a {type(merged).__name__}."),
+        )  # fmt: skip
         for i, name in enumerate(("projection", "adapter")):
             now, old = (linear, module)[i].state_dict(), before[i].state_dict()
             if not all(torch.equal(now[key], old[key]) for key in old):
@@ -693,12 +691,11 @@ def merge(answer, adapter_class):
         with torch.no_grad():
             _like_one_of(merged, linear, module)
     linear, module = nn.Linear(5, 8), adapter_class(8, 3, torch.relu)
-    try:
-        merged = _merged(answer, linear, module)
-    except ValueError as error:
+    merged = _merged(answer, linear, module)
+    if merged == "refused":
         raise Mistake(
             "An untrained adapter with a ReLU is refused. It does nothing yet, so all is affine."
-        ) from error
+        )
     x = torch.randn(40, 5)
     if not _same(merged(x), linear(x)):
         raise Mistake("Merged with an untrained adapter the projection gives something else.")
@@ -706,25 +703,19 @@ def merge(answer, adapter_class):
     for name, activation in (
         ("ReLU", torch.relu), ("GELU", nn.GELU()), ("tanh", torch.tanh), ("sine", torch.sin),
     ):  # fmt: skip
-        try:
-            _merged(answer, *_pair(adapter_class, activation))
-        except ValueError:
-            continue
-        raise Mistake(
-            f"An adapter with {name} is merged without a word, though no nn.Linear can do what it "
-            "does."
-        )
+        if _merged(answer, *_pair(adapter_class, activation)) != "refused":
+            raise Mistake(
+                f"An adapter with {name} is merged without a word, though no nn.Linear can do what "
+                "it does."
+            )
     for seed in range(5):
         linear, module = _pair(adapter_class, lambda z: z.clamp(-5, 5))
         torch.manual_seed(seed)
-        try:
-            _merged(answer, linear, module)
-        except ValueError:
-            continue
-        raise Mistake(
-            "An adapter whose activation bends only beyond 5 is merged. Are the points many, and "
-            "far enough from zero?"
-        )
+        if _merged(answer, linear, module) != "refused":
+            raise Mistake(
+                "An adapter whose activation bends only beyond 5 is merged. Are the points many, "
+                "and far enough from zero?"
+            )
 
 
 def _scales(answer, adapter_class):
@@ -734,14 +725,13 @@ def _scales(answer, adapter_class):
         with torch.no_grad():
             linear.weight.mul_(factor)
             linear.bias.add_(shift)
-        try:
-            merged = _merged(answer, linear, module)
-        except ValueError as error:
+        merged = _merged(answer, linear, module)
+        if merged == "refused":
             size = f"weights {factor:g} times as large" if not shift else "outputs far below zero"
             raise Mistake(
                 f"With {size} a mergeable adapter is refused. The measure must be compared with "
                 "the absolute size of the outputs."
-            ) from error
+            )
         x = torch.randn(20, 5)
         expected = module(linear(x))
         if not _same(merged(x), expected, 1e-4 * expected.abs().max().item()):
@@ -751,14 +741,11 @@ def _scales(answer, adapter_class):
         linear.weight.mul_(1e-5)
         for p in (module.down.bias, module.up.bias):
             p.zero_()
-    try:
-        _merged(answer, linear, module)
-    except ValueError:
-        return
-    raise Mistake(
-        "With weights 1e-5 times as large an adapter with a ReLU is merged. The limit is fixed, "
-        "but all outputs are small."
-    )
+    if _merged(answer, linear, module) != "refused":
+        raise Mistake(
+            "With weights 1e-5 times as large an adapter with a ReLU is merged. The limit is "
+            "fixed, but all outputs are small."
+        )
 
 
 def _like_one_of(merged, linear, module):
@@ -769,19 +756,17 @@ def _like_one_of(merged, linear, module):
     inner, outer = U @ module.down.bias, module.up.bias
     right, bias = W + change @ W, b + change @ b + inner + outer
 
-    if _same(merged.weight, W):
-        raise Mistake("The merged weight is the old one: the adapter is not in it.")
-    if _same(merged.weight, change @ W):
-        raise Mistake("The merged layer has lost the skip: only the way through the adapter is in.")
-    square = W.shape[0] == W.shape[1]
-    if square and (_same(merged.weight, W + change) or _same(merged.weight, W + W @ change)):
-        raise Mistake(
-            "The adapter is merged as if it saw the input of the projection. It sees the output."
-        )
-    if merged.bias is None:
-        raise Mistake("The merged layer has no bias, but the adapter adds constants.")
-    if _same(merged.weight, right + bias[:, None]):
-        raise Mistake("Every column of the merged weight has the bias in it.")
+    sides = (W + change, W + W @ change) if W.shape[0] == W.shape[1] else ()
+    _tell(
+        (_same(merged.weight, W), "The merged weight is the old one: the adapter is not in it."),
+        (_same(merged.weight, change @ W),
+         "The merged layer has lost the skip: only the way through the adapter is in."),
+        (any(_same(merged.weight, side) for side in sides),
+         "The adapter is merged as if it saw the input of the projection. It sees the output."),
+        (merged.bias is None, "The merged layer has no bias, but the adapter adds constants."),
+        (_same(merged.weight, right + bias[:, None]),
+         "Every column of the merged weight has the bias in it."),
+    )  # fmt: skip
     if _same(merged.weight, right):
         for value, what in (
             (b, "It is that of the projection alone."),
@@ -814,10 +799,12 @@ def prepare(answer):
     half = _llama(16, 2, torch.bfloat16)
     base = {id(p) for p in half.parameters()}
     answer(half, 3, 0.01)
-    if any(p.dtype != torch.float32 for p in half.parameters() if id(p) not in base):
-        raise Mistake("The adapters of a bfloat16 Llama are not float32.")
-    if any(p.dtype != torch.bfloat16 for p in half.parameters() if id(p) in base):
-        raise Mistake("The base of a bfloat16 Llama is no longer bfloat16.")
+    dtypes = {(id(p) in base, p.dtype) for p in half.parameters()}
+    _tell(
+        ((False, torch.float32) not in dtypes or (False, torch.bfloat16) in dtypes,
+         "The adapters of a bfloat16 Llama are not float32."),
+        ((True, torch.float32) in dtypes, "The base of a bfloat16 Llama is no longer bfloat16."),
+    )  # fmt: skip
     try:
         half(_IDS)
     except RuntimeError as error:
@@ -842,32 +829,31 @@ def _prepared(answer, model, m, lr):
             "an epsilon that this type takes for zero."
         )
     one, size = _size(hidden, m), sum(p.numel() for p in new)
-    if size == one:
-        raise Mistake("One adapter serves all blocks.")
-    if size == 2 * blocks * one:
-        raise Mistake("There are two adapters in each block. Pfeiffer et al. have one.")
-    if size != blocks * one:
-        raise Mistake(
-            f"The adapters of {blocks} blocks of width {hidden} should have {blocks * one} "
-            f"parameters with a bottleneck of {m}, not {size}."
-        )
+    _tell(
+        (size == one, "One adapter serves all blocks."),
+        (size == 2 * blocks * one,
+         "There are two adapters in each block. Pfeiffer et al. have one."),
+        (size != blocks * one,
+         f"The adapters of {blocks} blocks of width {hidden} should have {blocks * one} parameters "
+         f"with a bottleneck of {m}, not {size}."),
+    )  # fmt: skip
     left = [n for n, p in model.named_parameters() if id(p) in base and p.requires_grad]
     if left:
         raise Mistake(f"The base would be trained too: {left[0]} requires grad.")
     if not all(p.requires_grad for p in new):
         raise Mistake("The adapters do not require grad: nothing at all would be trained.")
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    if not {id(p) for p in held} & {id(p) for p in new}:
-        raise Mistake(
-            "The optimizer holds no adapter. It knows only what existed when it was made, or what "
-            "it was given."
-        )
-    if not {id(p) for p in held} >= {id(p) for p in new}:
-        raise Mistake("The optimizer holds some tensors of the adapters, but not all.")
-    if type(optimizer) is not torch.optim.AdamW:
-        raise Mistake(f"The optimizer is {type(optimizer).__name__}, not AdamW.")
-    if not all(group["lr"] == lr for group in optimizer.param_groups):
-        raise Mistake("The optimizer does not have the learning rate that was asked for.")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    _tell(
+        (not held & {id(p) for p in new},
+         "The optimizer holds no adapter. It knows only what existed when it was made, or what it "
+         "was given."),
+        (not held >= {id(p) for p in new},
+         "The optimizer holds some tensors of the adapters, but not all."),
+        (type(optimizer) is not torch.optim.AdamW,
+         f"The optimizer is {type(optimizer).__name__}, not AdamW."),
+        (any(group["lr"] != lr for group in optimizer.param_groups),
+         "The optimizer does not have the learning rate that was asked for."),
+    )  # fmt: skip
     logits, before = model(_IDS).logits, untuned(_IDS).logits
     kept = [p.detach().clone() for p in new]
     with torch.no_grad():
@@ -876,15 +862,13 @@ def _prepared(answer, model, m, lr):
         empty = model(_IDS).logits
         for p, value in zip(new, kept, strict=True):
             p.copy_(value)
-    if not _same(empty, before):
-        raise Mistake(
-            "With zeros in all its weights an adapter should be a bare skip. Here the model then "
-            "loses the output of what stands before the adapter."
-        )
-    if not torch.equal(logits, before):
-        raise Mistake(
-            "Before the first step the logits already differ: the adapters start as noise."
-        )
+    _tell(
+        (not _same(empty, before),
+         "With zeros in all its weights an adapter should be a bare skip. Here the model then "
+         "loses the output of what stands before the adapter."),
+        (not torch.equal(logits, before),
+         "Before the first step the logits already differ: the adapters start as noise."),
+    )  # fmt: skip
     _computes(model, untuned, new)
     values = [p.detach().clone() for p in new]
     optimizer.zero_grad()
