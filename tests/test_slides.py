@@ -159,11 +159,14 @@ def test_what_does_not_fit_begins_a_new_slide():
         ("**Bold** and more ($x$ too). " + "And so on. " * 20, "Bold and more (x too)."),
         ("[04. Memory](04.ipynb) has it. " + "And so on. " * 20, "04. Memory has it."),
         ("It reads 'Review: ... good'. " + "And so on. " * 20, "It reads 'Review: ... good'."),
+        ("[It is said](04.ipynb). **False**: no. " + "And so on. " * 20, "It is said. False: no."),
+        ("It works. But not here. " + "And so on. " * 20, "It works. But not here."),
+        ("- It is said. It is false. " + "And so on. " * 20, "It is said. It is false."),
         ("Short. It stays.", "Short. It stays."),
         ("**Predict.** This? " + "And so on. " * 20, "Predict. This? " + "And so on. " * 20),
     ],
 )
-def test_a_long_paragraph_keeps_its_first_sentence(long, short):
+def test_a_long_text_keeps_what_it_says_first(long, short):
     notebook = nbformat.v4.new_notebook(cells=[text(f"## Here\n\n{long}")])
     ((_, ((*_, element),)),) = make_slides.slides(notebook, LESSONS[0])
     assert element.get_text().strip() == short.strip()

@@ -3,8 +3,9 @@
 Writes build/slides/NN_name.html, one file for each notebook of notebooks/ (or each one named),
 and an index.html. Two cell tags say what is shown; a cell without one is not:
 
-slide         the cell. A heading begins a new slide. A long paragraph is cut to its first sentence,
-              unless it asks to predict. Code has no imports or assertions; its output comes later.
+slide         the cell. A heading begins a new slide. A long paragraph is cut to one sentence and a
+              long item to two, unless they ask to predict. Code comes without imports and
+              assertions, its output a key press later.
 slide-output  only the output of the cell.
 """
 
@@ -24,7 +25,7 @@ TAGS = {"slide", "slide-output"}
 OUT = ROOT / "build/slides"
 ROOM = 580  # pixels of a slide below its heading
 SILENT = re.compile(r"(import|from|assert) |torch\.testing\.assert_close\(")
-SENTENCE = re.compile(r"(?<!\bal)(?<!\b\d\d)(?<!\.)[.?!][\")]?(\s|$)")
+SENTENCE = re.compile(r"(?<!\bal)(?<!\.)[.?!][\")]?(?!\s+(But|So|Yet)\b)(\s|$)")
 NOT_SHOWN = ("Prerequisites", "Running time", "References", "Exercise and next lesson")
 
 
@@ -39,15 +40,15 @@ def short_code(source):
     return re.sub(r"\n{3,}", "\n\n", "\n".join(kept)).strip("\n")
 
 
-def shorten(block):
-    """Leave a long paragraph its first sentence; bold or slanted words before it stay."""
+def shorten(block, sentences):
+    """Leave a long text this many sentences; one that is bold or a link as a whole is extra."""
     nodes = [node for node in block.contents if str(node).strip()]
-    led = nodes[0].name in ("strong", "em")
     for place, node in enumerate(nodes if len(block.get_text()) > 160 else []):
-        end = SENTENCE.search(node) if isinstance(node, NavigableString) else None
-        if end and not (led and place == 1 and not node[: end.start()].strip()):
-            node.replace_with(node[: end.end()].rstrip())
-            return [rest.extract() for rest in nodes[place + 1 :]]
+        for end in SENTENCE.finditer(node) if isinstance(node, NavigableString) else ():
+            sentences -= place != 1 or bool(node[: end.start()].strip())
+            if not sentences:
+                node.replace_with(node[: end.end()].rstrip())
+                return [rest.extract() for rest in nodes[place + 1 :]]
 
 
 def height(element):
@@ -77,7 +78,7 @@ def shown(notebook, path):
     text, _ = PageExporter().from_notebook_node(notebook, {"metadata": {}, "page_title": ""})
     main = BeautifulSoup(text, "html.parser").main
     for link in main.select("a"):
-        link.unwrap()
+        link.name, link.attrs = "span", {}
     settle(main, path, OUT, set())
     for box in main.select("[tabindex]"):  # nothing scrolls
         del box["tabindex"]
@@ -101,7 +102,7 @@ def kind_of(element):
         return "question"
     lead = element.get_text().strip().endswith(":")
     for block in [element] if element.name == "p" else element.select("li"):
-        shorten(block.p or block)
+        shorten(block.p or block, 1 if element.name == "p" else 2)
     return "lead" if lead else "prose" if element.name == "p" and not element.img else "text"
 
 

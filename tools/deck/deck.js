@@ -4,8 +4,8 @@ const last = (slide) => Math.max(...parts(slide).map((part) => +part.dataset.ste
 let at = 0, step = 0;
 
 function fit(slide) { // the largest type that fits; text is never below 20 px, code never below 18
-  const lines = [...slide.querySelectorAll("pre:not(.wide)")].flatMap((pre) => pre.textContent.split("\n"));
-  const widest = 1870 / Math.max(1, ...lines.map((line) => line.length));
+  const lines = [...slide.querySelectorAll("pre")].flatMap((pre) => pre.textContent.split("\n"));
+  const widest = 1870 / Math.max(1, ...lines.map((line) => line.length).filter((n) => n < 105));
   for (let size = slide.querySelector("img") ? 1 : 1.4; size > 0.73; size -= 0.03) {
     slide.style.setProperty("--text", `${Math.max(20, 27 * size)}px`);
     slide.style.setProperty("--code", `${Math.max(18, Math.min(21 * size, widest))}px`);
