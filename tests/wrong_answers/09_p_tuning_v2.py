@@ -102,7 +102,7 @@ WRONG = [
         "at the embeddings only",
     ),
     ("deep_prompt", _deep((OVERWRITE, BACK)), "in the last 3 positions"),
-    ("deep_prompt", _deep(("prompts[i]", "prompts[0]")), "belongs to block"),
+    ("deep_prompt", _deep(("prompts[i]", "prompts[0]")), "belongs to block 0"),
     ("deep_prompt", _deep((EMBED, "pass")), "took the place of real tokens"),
     ("deep_prompt", _deep(("logits[:, n:]", "logits")), "still among those"),
     ("deep_prompt", _deep(("logits[:, n:]", "logits[:, :-n]")), "at the wrong end"),
@@ -122,7 +122,7 @@ WRONG = [
     (
         "keys_and_values",
         _tied(("block.input_layernorm(h)", "h")),
-        "normalises its input before it projects",
+        "normalizes its input before it projects",
     ),
     ("keys_and_values", _tied(("input_lay", "post_attention_lay")), "in front of the MLP"),
     (
@@ -194,5 +194,188 @@ WRONG = [
         "free_dimensions",
         _free("rank(torch.stack([of_keys, of_values]))"),
         "return one whole number",
+    ),
+    # Prompts again
+    (
+        "deep_prompt",
+        _deep(("(entering(i))", "(lambda block, args: entering(i)(block, args))")),
+        "All hooks look up the same i",
+    ),
+    (
+        "deep_prompt",
+        """
+def deep_prompt(model, prompts, input_ids):  # the blocks of the notebook, never taken out again
+    class Deep(torch.nn.Module):
+        def __init__(self, block, own):
+            super().__init__()
+            self.block, self.own = block, own
+
+        def forward(self, h, **rest):
+            n = len(self.own)
+            return self.block(torch.cat([self.own.expand(len(h), -1, -1), h[:, n:]], 1), **rest)
+
+    for i, own in enumerate(prompts):
+        model.model.layers[i] = Deep(model.model.layers[i], own)
+    embeds = model.get_input_embeddings()(input_ids)
+    embeds = torch.cat([prompts[0].expand(len(input_ids), -1, -1), embeds], 1)
+    return model(inputs_embeds=embeds).logits[:, prompts.shape[1] :]
+""",
+        "Put the old blocks back",
+    ),
+    (
+        "deep_prompt",
+        _deep(("    blocks = ", "    model.requires_grad_(False)\n    blocks = ")),
+        "no longer require grad after your call",
+    ),
+    (
+        "deep_prompt",
+        _deep(
+            (
+                "model(inputs_embeds=embeds)",
+                "model(inputs_embeds=embeds, "
+                "position_ids=(torch.arange(embeds.shape[1]) - n).clamp(min=0)[None])",
+            )
+        ),
+        "they should count from 0",
+    ),
+    (
+        "deep_prompt",
+        _deep(
+            (
+                "model(inputs_embeds=embeds)",
+                "model(inputs_embeds=embeds, attention_mask=(torch.arange(embeds.shape[1]) >= n)"
+                ".long().expand(batch, -1))",
+            )
+        ),
+        "A mask hides the virtual positions",
+    ),
+    (
+        "deep_prompt",
+        _deep(("prompts[i].expand(batch, -1, -1)", "prompts[i][None]")),
+        "With 2 texts and 3 virtual tokens the call raises",
+    ),
+    (
+        "deep_prompt",
+        _deep((OVERWRITE, "torch.cat([front, hidden[:, 3:]], 1)")),
+        "Is a number written down",
+    ),
+    (
+        "deep_prompt",
+        _deep(("return logits[:, n:]", "prompts.data.mul_(2)\n    return logits[:, n:]")),
+        "changed the caller's prompts",
+    ),
+    (
+        "deep_prompt",
+        _deep(("logits[:, n:]", "logits[:, n:].log_softmax(-1)")),
+        "but the logits are not the model's",
+    ),
+    # Keys and values again
+    ("keys_and_values", _tied(("return keys, values", "return values, keys")), "in this order"),
+    (
+        "keys_and_values",
+        _tied(("return keys, values", "return keys[None], values[None]")),
+        "a batch dimension in front",
+    ),
+    (
+        "keys_and_values",
+        """
+def keys_and_values(model, i, h):
+    layer = model(inputs_embeds=h[None], use_cache=True).past_key_values.layers[i]
+    return layer.keys[0], layer.values[0]
+""",
+        "went through the blocks before block",
+    ),
+    (
+        "keys_and_values",
+        _tied(("input_layernorm(h)", "input_layernorm(h.detach())")),
+        "no gradient",
+    ),
+    (
+        "keys_and_values",
+        _tied(("    return keys", "    h.data.zero_()\n    return keys")),
+        "changed h in place",
+    ),
+    ("keys_and_values", _tied(("torch.arange(n)", "torch.arange(n) * 2")), "has in its cache"),
+    (
+        "keys_and_values",
+        _tied(("return keys, values", "return keys.squeeze(1), values.squeeze(1)")),
+        "n=1: the keys have the shape",
+    ),
+    # Counts again
+    ("count", _count(hidden="layers * hidden"), "that is one virtual token out of"),
+    ("count", _count(hidden="10 * layers * hidden"), "would be right for 10 virtual tokens"),
+    ("count", _count(hidden="30 * n * hidden"), "would be right for 30 blocks"),
+    (
+        "count",
+        _count("2 * layers * n * kv_heads * head_dim", "layers * n * hidden"),
+        "is the number of the key-value form",
+    ),
+    ("count", _count(key_value="2 * layers * kv_heads * head_dim"), "a single token per block"),
+    # Last states again
+    ("last_states", _last("states[rows, last + 3]"), "would be right with 3 virtual tokens"),
+    ("last_states", _last("states[rows, last + n].detach()"), "No gradient goes back to states"),
+    ("last_states", _last("states[:, n:].amax(1)"), "the largest number of each dimension"),
+    (
+        "last_states",
+        _last("(states[:, n:] * attention_mask[..., None]).sum(1)"),
+        "the sum over the real tokens",
+    ),
+    (
+        "last_states",
+        """
+def last_states(states, attention_mask, n):
+    attention_mask *= torch.arange(attention_mask.shape[1])
+    return states[torch.arange(len(states)), attention_mask.argmax(1) + n]
+""",
+        "attention_mask in place",
+    ),
+    (
+        "last_states",
+        _last("torch.cat([states[:, :n], states[:, n:] * attention_mask[..., None]], 1)[:, -1]"),
+        "the state of no position",
+    ),
+    # Free dimensions again
+    (
+        "free_dimensions",
+        """
+def free_dimensions(tie, h):
+    h.requires_grad_()
+    jacobian = torch.autograd.functional.jacobian(lambda x: torch.cat(tie(x)), h)
+    return int(torch.linalg.matrix_rank(jacobian))
+""",
+        "changed the caller's h",
+    ),
+    (
+        "free_dimensions",
+        """
+def free_dimensions(tie, h):
+    jacobian = jacrev(lambda x: torch.cat(tie(x)))(torch.ones_like(h))
+    return int(torch.linalg.matrix_rank(jacobian))
+""",
+        "is to be taken at h, nowhere else",
+    ),
+    (
+        "free_dimensions",
+        """
+def free_dimensions(tie, h):
+    jacobian = jacrev(lambda x: torch.stack(tie(x)).flatten())(h)
+    return int(torch.linalg.matrix_rank(jacobian))
+""",
+        "because the two are not equally wide",
+    ),
+    (
+        "deep_prompt",
+        _deep(
+            (
+                EMBED,
+                "embeds = torch.cat([torch.zeros(batch, n, 32, dtype=embeds.dtype), embeds], 1)",
+            )
+        ),
+        "`meta` stands in for a GPU",
+    ),
+    (
+        "last_states",
+        _last("states[rows, last + n]"),
+        "Tensor on device",
     ),
 ]
