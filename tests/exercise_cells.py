@@ -22,6 +22,12 @@ def code_cells(folder, name):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
+def task_cells(folder, name):
+    """The code cells as far as the last check. What follows uses a real model: see make nbval."""
+    cells = code_cells(folder, name)
+    return cells[: max(i for i, cell in enumerate(cells) if is_graded(cell)) + 1]
+
+
 def markdown(path):
     """All text of a notebook, cell after cell."""
     notebook = nbformat.read(path, as_version=4)

@@ -16,6 +16,7 @@ from exercise_cells import (
     is_graded,
     run,
     run_all,
+    task_cells,
     unwritten,
 )  # fmt: skip
 
@@ -28,7 +29,7 @@ exercises = pytest.mark.parametrize("name", solution_names())
 
 @exercises
 def test_a_missing_task_costs_no_other_unless_its_heading_says_so(name):
-    cells, told = code_cells("solutions", name), headings(name)
+    cells, told = task_cells("solutions", name), headings(name)
     sources = [cell.source for cell in cells]
     answers = [i for i, cell in enumerate(cells) if is_answer(cell)]
     graded = [i for i, cell in enumerate(cells) if is_graded(cell)]
@@ -95,7 +96,7 @@ def messages(cells, change):
 
 @exercises
 def test_a_forgotten_return_is_a_sentence(name):
-    for task, said in messages(code_cells("solutions", name), without_return).items():
+    for task, said in messages(task_cells("solutions", name), without_return).items():
         # An answer may stumble itself over the None of one of its own functions.
         own = "NoneType" in said and "your code raised TypeError" in said and "in line" in said
         assert own or "returned None. Is a `return` missing?" in said, f"{task}: {said}"
@@ -104,7 +105,7 @@ def test_a_forgotten_return_is_a_sentence(name):
 @exercises
 def test_an_error_in_the_answer_is_a_sentence_with_its_place(name):
     change = with_body("x = 1\nraise KeyError('colour')")
-    for task, said in messages(code_cells("solutions", name), change).items():
+    for task, said in messages(task_cells("solutions", name), change).items():
         assert "colour" in said, f"{task}: {said}"
 
 
@@ -114,7 +115,7 @@ def test_an_endless_loop_ends(handler, monkeypatch):
     monkeypatch.setattr(limits, "LIMIT", 0.5)
     monkeypatch.setattr(checks, "LIMIT", 0.5)
     endless = with_body("while True:\n    pass")
-    said = messages(code_cells("solutions", "04_memory_math"), endless)
+    said = messages(task_cells("solutions", "04_memory_math"), endless)
     assert signal.signal(signal.SIGINT, before) == handler
     assert len(said) == 4
     assert all("running after 0.5 seconds in line" in text for text in said.values()), said
@@ -129,9 +130,9 @@ def test_progress_counts_each_task_once(tmp_path, monkeypatch):
     path = tmp_path / "progress.json"
     monkeypatch.setenv("MINIPEFT_PROGRESS", str(path))
     assert progress.overview().count("0 of") == len(solution_names()) == len(progress.tasks())
-    run(code_cells("solutions", "04_memory_math"))
+    run(task_cells("solutions", "04_memory_math"))
     first = path.read_text()
-    run(code_cells("solutions", "04_memory_math"))
+    run(task_cells("solutions", "04_memory_math"))
     assert path.read_text() == first and set(json.loads(first)) == {"04_memory_math"}
     assert "4 of 4  all solved" in progress.overview()
     path.write_text("[]")

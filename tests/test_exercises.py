@@ -5,7 +5,7 @@ import re
 import time
 
 import pytest
-from exercise_cells import ROOT, code_cells, is_answer, is_graded, run, wrong_answers
+from exercise_cells import ROOT, code_cells, is_answer, is_graded, run, task_cells, wrong_answers
 
 import minipeft
 from checks import Mistake, load_checks
@@ -72,7 +72,7 @@ def test_the_solution_passes_and_each_check_answers_within_seconds(name):
     checks = load_checks(name)
     space = {}
     used = set()
-    for cell in code_cells("solutions", name):
+    for cell in task_cells("solutions", name):
         start = time.monotonic()
         exec(compile(cell.source, "<cell>", "exec"), space)  # noqa: S102
         if is_graded(cell):
@@ -84,7 +84,7 @@ def test_the_solution_passes_and_each_check_answers_within_seconds(name):
 @exercises
 def test_the_exercise_as_handed_out_fails_every_check(name):
     space = {}
-    for cell in code_cells("exercises", name):
+    for cell in task_cells("exercises", name):
         try:
             exec(compile(cell.source, "<cell>", "exec"), space)  # noqa: S102
         except AssertionError:
@@ -105,7 +105,7 @@ def solved():
 
     def get(name):
         if name not in made:
-            cells = code_cells("solutions", name)
+            cells = task_cells("solutions", name)
             calls = {}
             for cell in cells:
                 calls |= {k: line for line in cell.source.splitlines()

@@ -18,7 +18,8 @@ TECHNIQUES = {
     "lora_variants", "distillation",
 }  # fmt: skip
 SHARED = {"freezing", "virtual_tokens", "batching", "targets", "refusals"}  # and technique/
-HIGHER = {"adapter_files", "assets", "evaluation", "interview", "memory", "training"}  # these know techniques
+# These know techniques.
+HIGHER = {"adapter_files", "assets", "evaluation", "interview", "memory", "training"}
 LINES = dict.fromkeys(TECHNIQUES - {"distillation"}, 159) | {"virtual_tokens": 229}
 
 
