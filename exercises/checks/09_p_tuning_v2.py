@@ -1,5 +1,7 @@
 """Checks of exercise 09: they name the mistake and stay silent about the solution."""
 
+import copy
+
 import torch
 from torch import nn
 from torch.nn.functional import linear
@@ -10,9 +12,13 @@ from checks import Mistake
 from minipeft import load_base
 
 
-def _model(name):
+def _model(name, blocks=2):
     """A tiny model whose norms and biases are not the ones and zeros of a fresh one."""
     model, _ = load_base(name, device="cpu")
+    for i in range(2, blocks):
+        model.model.layers.append(copy.deepcopy(model.model.layers[0]))
+        model.model.layers[i].self_attn.layer_idx = i
+    model.config.num_hidden_layers = blocks
     torch.manual_seed(0)
     with torch.no_grad():
         for module in model.modules():
@@ -80,7 +86,7 @@ def deep_prompt(answer):
     model, other = _model("tiny-llama"), _model("tiny-qwen2").double()
     _prompted(answer, model, torch.arange(10, 20).view(2, 5), 3)
     _prompted(answer, other, torch.arange(30, 36).view(1, 6), 1)
-    _prompted(answer, model, torch.arange(40, 52).view(3, 4), 2)
+    _prompted(answer, _model("tiny-llama", blocks=3), torch.arange(40, 52).view(3, 4), 2)
     prompts = torch.zeros(len(model.model.layers), 2, model.config.hidden_size)
     _elsewhere(answer, model, prompts, torch.arange(40, 52).view(3, 4))
 
@@ -153,6 +159,8 @@ def _prompted(answer, model, ids, n):
     now = _inside(model)
     if now[0] != inside[0]:
         raise Mistake("The model has other modules after your call. Put the old blocks back.")
+    if now[2] != inside[2]:
+        raise Mistake("After your call the model is in training mode; it was in eval mode before.")
     if now[1] != inside[1]:
         raise Mistake("Parameters of the model no longer require grad after your call, or do anew.")
     if not torch.allclose(model(ids).logits, before, atol=1e-6):
@@ -167,8 +175,9 @@ def _prompted(answer, model, ids, n):
 
 
 def _inside(model):
-    """What a call must leave as it was: the modules, and which parameters are trained."""
-    return [id(m) for m in model.modules()], [p.requires_grad for p in model.parameters()]
+    """What a call must leave as it was: modules, which parameters are trainable, the mode."""
+    flags = [p.requires_grad for p in model.parameters()]
+    return [id(m) for m in model.modules()], flags, model.training
 
 
 def _entrance(i, states, prompts, previous, n, seq):
@@ -189,6 +198,8 @@ def _entrance(i, states, prompts, previous, n, seq):
             f"Block {i} takes in {length} positions, fewer than the {seq} of the text. Is a number "
             f"written down where n, now {n}, belongs?"
         )
+    if states.dtype != prompts.dtype:
+        raise Mistake(f"In a {prompts.dtype} model, block {i} takes in states of {states.dtype}.")
     front, wanted = states[:, :n], prompts[i]
     if torch.allclose(states[:, -n:], wanted.expand_as(front), atol=1e-5):
         raise Mistake(
@@ -202,9 +213,12 @@ def _entrance(i, states, prompts, previous, n, seq):
             late = " All hooks look up the same i, after the loop." * (i < j == len(prompts) - 1)
             raise Mistake(f"Block {i} takes in the prompt that belongs to block {j}.{late}")
     if previous is not None and torch.allclose(front, previous[:, :n], atol=1e-5):
+        why = "Does a loop end too early?"
+        if i == 1:
+            why = "That is soft prompting at the embeddings only."
         raise Mistake(
             f"Block {i} has at its front what block {i - 1} computed there. Its own prompt is "
-            "nowhere: that is soft prompting at the embeddings only."
+            f"nowhere. {why}"
         )
     if previous is not None and torch.allclose(front - wanted, previous[:, :n], atol=1e-4):
         raise Mistake(
@@ -274,9 +288,11 @@ def _explain(where, model, i, prompts, kind, mine):
     h = prompts[i]
     positions = torch.arange(len(h))
 
-    def variant(layer=i, norm="input_layernorm", bias=True, at=positions, swapped=True):
+    def variant(
+        layer=i, norm="input_layernorm", bias=True, at=positions, swapped=True, projection=None
+    ):
         block = model.model.layers[layer]
-        project = block.self_attn.k_proj if kind == "keys" else block.self_attn.v_proj
+        project = getattr(block.self_attn, projection or f"{kind[0]}_proj")
         x = getattr(block, norm)(h) if norm else h
         x = project(x) if bias else linear(x, project.weight)  # (n, kv_heads * head_dim)
         heads, n, head_dim = mine.shape
@@ -306,13 +322,15 @@ def _explain(where, model, i, prompts, kind, mine):
     for other in range(len(model.model.layers)):
         if other != i and same(variant(layer=other)):
             raise Mistake(f"{where}: these are made with the weights of block {other}.")
+    if kind == "values" and same(variant(projection="k_proj")):
+        raise Mistake(f"{where}: these are keys that are not rotated; v_proj is not used.")
     if kind == "values" and same(_rotated(model, variant(), positions)):
         raise Mistake(f"{where}: they are rotated. Attention compares positions by keys only.")
     if kind == "keys" and same(variant(at=None)):
         raise Mistake(f"{where}: they are not rotated, as if every one stood at position 0.")
     if kind == "keys" and same(variant(at=positions.flip(0))):
         raise Mistake(f"{where}: the positions run backwards.")
-    for shift in range(1, 40):
+    for shift in (*range(1, 40), *range(-20, 0)):
         if kind == "keys" and same(variant(at=positions + shift)):
             raise Mistake(
                 f"{where}: they are rotated as if the virtual tokens stood at the positions "

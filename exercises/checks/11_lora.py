@@ -18,7 +18,7 @@ def _close(a, b, atol=1e-4):
 
 
 def _first_line(error):
-    return str(error).splitlines()[0].rstrip(".")
+    return str(error).splitlines()[0].rstrip(".!")
 
 
 def low_rank(answer):
@@ -397,6 +397,7 @@ def _merged(answer, layer_class, width, out, r, alpha, bias):
     layer, base = _layer(layer_class, width, out, r, alpha, bias, 0.5)
     _fill(layer)
     before = copy.deepcopy(layer.state_dict())
+    trainable = [p.requires_grad for p in layer.parameters()]
     x = torch.randn(2, 3, width)
     try:
         merged = answer(layer)
@@ -424,6 +425,8 @@ def _merged(answer, layer_class, width, out, r, alpha, bias):
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     if changed:
         raise Mistake(f"Merging changed {changed[0]}; the layer is to stay as it was.")
+    if [p.requires_grad for p in layer.parameters()] != trainable:
+        raise Mistake("Merging changed which parameters of the layer require grad.")
     if not layer.training:
         raise Mistake("Merging left the layer in eval mode; it was in training mode before.")
     old = {p.data_ptr() for p in layer.parameters()}
@@ -584,17 +587,17 @@ def _llama(answer):
     llama, _ = load_base("tiny-llama", device="cpu")
     ids = torch.arange(5, 13).reshape(2, 4)
     before = llama(ids).logits
+    old = [m for name, m in llama.named_modules() if name.endswith(("q_proj", "v_proj"))]
+    wanted = sum(4 * sum(module.weight.shape) for module in old)
     answer(llama, 4, 8, ("q_proj", "v_proj"))
     if not torch.equal(llama(ids).logits, before):
         raise Mistake("A tiny Llama gives other logits with untrained LoRA than without.")
     number = sum(p.numel() for p in llama.parameters() if p.requires_grad)
-    wanted = sum(
-        4 * sum(module.weight.shape)
-        for name, module in llama.named_modules()
-        if name.endswith(("q_proj.base", "v_proj.base"))
-    )
     if number != wanted:
-        raise Mistake(f"A tiny Llama has {number} trainable numbers instead of {wanted}.")
+        raise Mistake(
+            "A tiny Llama with LoRA on q_proj and v_proj, which lie three levels deep, has "
+            f"{number} trainable parameters instead of {wanted}."
+        )
 
 
 def count(answer):
@@ -621,4 +624,8 @@ def count(answer):
             raise Mistake(f"{case}: the answer is still {got}, which was SmolLM2's.")
         if got == sum(r * one * other for one, other in shapes):
             raise Mistake(f"{case}: {got} is r times the weights, more than the model itself.")
+        if got == sum(r * (one + other) for one, other in set(shapes)):
+            raise Mistake(f"{case}: {got} counts layers of one shape only once.")
+        if got == a + b + sum(other for _, other in shapes):
+            raise Mistake(f"{case}: {got} has biases in it. LoRA adds none.")
         raise Mistake(f"{case}: {got} is not the number of entries of all A and B.")

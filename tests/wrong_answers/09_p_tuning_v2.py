@@ -378,4 +378,29 @@ def free_dimensions(tie, h):
         _last("states[rows, last + n]"),
         "Tensor on device",
     ),
+    (
+        "deep_prompt",
+        _deep(("enumerate(blocks)", "enumerate(blocks[:2])")),
+        "Does a loop end too early",
+    ),
+    (
+        "deep_prompt",
+        _deep(("    return logits", "    model.train()\n    return logits")),
+        "is in training mode",
+    ),
+    (
+        "deep_prompt",
+        _deep((OVERWRITE, "torch.cat([front, hidden[:, n:]], 1).float()")),
+        "takes in states of torch.float32",
+    ),
+    (
+        "keys_and_values",
+        _tied(("block.self_attn.v_proj", "block.self_attn.k_proj")),
+        "v_proj is not used",
+    ),
+    (
+        "keys_and_values",
+        _tied(("torch.arange(n)", "torch.arange(-n, 0)")),
+        "the positions -4 to -1",
+    ),
 ]

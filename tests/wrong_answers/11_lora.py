@@ -472,4 +472,26 @@ def add_lora(model, r, alpha, targets):
     (*_count("460_800"), "which was SmolLM2's"),
     (*_count("sum(r * a * b for a, b in shapes)"), "r times the weights"),
     (*_count("sum(r * (a + b) for a, b in shapes) / 134_515_008"), "is a fraction"),
+    (*_count("sum(r * (a + b) for a, b in set(shapes))"), "counts layers of one shape only once"),
+    (*_count("sum(r * (a + b) + b for a, b in shapes)"), "has biases in it"),
+    (
+        *_merge(("    weight, bias", "    layer.requires_grad_(False)\n    weight, bias")),
+        "changed which parameters",
+    ),
+    (
+        "add_lora",
+        """
+def add_lora(model, r, alpha, targets):
+    names = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    if not set(targets) <= names:
+        raise ValueError("none")
+    model.requires_grad_(False)
+    for parent in [model, *model.children()]:
+        for name, child in parent.named_children():
+            if name in targets and isinstance(child, nn.Linear):
+                setattr(parent, name, LoRALayer(child, r, alpha))
+    return model
+""",
+        "lie three levels deep",
+    ),
 ]
