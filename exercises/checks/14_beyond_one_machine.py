@@ -8,109 +8,249 @@ from checks import Mistake
 
 def rows_of_rank(answer):
     """Check a function (batch, rank, ranks) -> the rows of a rank."""
-    for size, ranks in ((6, 2), (7, 3), (2, 3)):
-        batch = {"input_ids": torch.arange(2 * size).view(size, 2)}
-        batch["labels"] = batch["input_ids"] + 100
-        parts = [answer(batch, rank, ranks) for rank in range(ranks)]
-        if any(not isinstance(part, dict) or part.keys() != batch.keys() for part in parts):
-            raise Mistake("Return a dict with the keys of the batch.")
-        taken = [part["input_ids"][:, 0].tolist() for part in parts]
-        rows = [row // 2 for part in taken for row in part]
-        case = f"{size} rows for {ranks} ranks"
-        if len(rows) < size:
-            raise Mistake(f"{case}: only {len(rows)} are taken. The rest would never be learnt.")
-        if len(rows) > len(set(rows)):
-            raise Mistake(f"{case}: some are taken twice and weigh double.")
-        if rows != [row for rank in range(ranks) for row in range(rank, size, ranks)]:
-            raise Mistake(f"{case}: rank 0 takes the rows {rows[: len(taken[0])]}, not every Nth.")
-        if any(not torch.equal(p["labels"], p["input_ids"] + 100) for p in parts):
-            raise Mistake(f"{case}: the labels are not those of the same rows.")
+    for size, ranks in ((6, 2), (7, 3), (2, 3), (5, 2), (1, 1)):
+        first = 10 * torch.arange(size)[:, None] + torch.arange(4)
+        batch = {"input_ids": first, "labels": first + 100, "weights": first[:, 0] + 200.0}
+        if size == 5:
+            batch = {"pixels": torch.stack([first, first], -1), "mask": first > 0}
+        _right_rows(answer, batch, size, ranks)
+
+
+def _right_rows(answer, batch, size, ranks):
+    before = {name: tensor.clone() for name, tensor in batch.items()}
+    case, parts = f"{size} rows for {ranks} ranks", []
+    for rank in range(ranks):
+        try:
+            parts.append(answer(batch, rank, ranks))
+        except KeyError as error:
+            raise Mistake(
+                f"A batch with the keys {list(batch)} ends in KeyError: {error}. The keys may be "
+                "any."
+            ) from error
+        except (IndexError, RuntimeError) as error:
+            if rank < size:
+                raise
+            raise Mistake(
+                f"{case}: rank {rank} has no rows, which ends in {type(error).__name__}. It is to "
+                "get tensors of 0 rows."
+            ) from error
+        if batch.keys() != before.keys() or any(
+            not torch.equal(batch[name], tensor) for name, tensor in before.items()
+        ):
+            raise Mistake("The batch that was passed in has changed; the other ranks need it.")
+    for part in parts:
+        if not isinstance(part, dict) or part.keys() != batch.keys():
+            raise Mistake(f"Return a dict with the keys of the batch, {list(batch)}.")
+        if not all(torch.is_tensor(tensor) for tensor in part.values()):
+            raise Mistake("The values of the dict are to be tensors.")
+    name, whole = next(iter(batch.items()))
+    for part in parts:
+        shape = tuple(part[name].shape)
+        if shape[1:] != whole.shape[1:]:
+            raise Mistake(
+                f"From a tensor {tuple(whole.shape)} a rank gets one of {shape}: divide the rows, "
+                "and leave the other dimensions."
+            )
+    taken = [[int(row) // 10 for row in part[name].flatten(1)[:, 0]] for part in parts]
+    rows = [row for own in taken for row in own]
+    if ranks > 1 and taken[0] == list(range(size))[-1::ranks]:
+        raise Mistake(f"{case}: rank 0 begins at the last row. Ranks are numbered from 0.")
+    if len(rows) < size:
+        raise Mistake(f"{case}: only {len(rows)} are taken. The rest would never be learned.")
+    if len(rows) > len(set(rows)):
+        raise Mistake(f"{case}: some are taken twice and weigh double.")
+    for rank, own in enumerate(taken):
+        if own != list(range(rank, size, ranks)):
+            raise Mistake(f"{case}: rank {rank} takes the rows {own}, not every Nth.")
+    for rank, part in enumerate(parts):
+        for name, tensor in batch.items():
+            if not torch.equal(part[name], tensor[taken[rank]]):
+                raise Mistake(f"{case}: {name} is not that of the same rows.")
 
 
 def rank_loss(answer):
-    """Check a function (loss_sum, counts) -> loss, by the gradient of two ranks with one weight."""
+    """Check a function (loss_sum, counts) -> loss, by the gradient of some ranks."""
     torch.manual_seed(0)
-    x, y = torch.randn(8, 4), torch.randint(3, (8,))
     weight = torch.randn(3, 4)
+    for counts in ([2, 6], [1, 3, 4], [5, 0, 2, 1], [3]):
+        total, ranks = sum(counts), len(counts)
+        x = torch.randn(total, 4).split(counts)
+        y = torch.randint(3, (total,)).split(counts)
 
-    def gradient(loss_of):
-        w = weight.clone().requires_grad_()
-        loss_of(w).backward()
-        return w.grad
+        def gradient(x, y, make_loss):
+            w = weight.clone().requires_grad_()
+            loss = make_loss(cross_entropy(x @ w.T, y, reduction="sum"))
+            if torch.is_tensor(loss) and loss.dim():
+                raise Mistake(f"A loss is one number, not a tensor {tuple(loss.shape)}.")
+            if not torch.is_tensor(loss) or not loss.requires_grad:
+                raise Mistake("No gradient can pass: what you return is cut off from loss_sum.")
+            loss.backward()
+            return w.grad
 
-    truth = gradient(lambda w: cross_entropy(x @ w.T, y))
-    counts = [2, 6]
-    pieces = [slice(0, 2), slice(2, 8)]
-    losses = lambda w, part: cross_entropy(x[part] @ w.T, y[part], reduction="sum")  # noqa: E731
-    got = sum(gradient(lambda w, p=part: answer(losses(w, p), counts)) for part in pieces) / 2
-    if torch.allclose(got, truth, atol=1e-6):
-        return
-    means = sum(gradient(lambda w, p=part: losses(w, p) / len(y[p])) for part in pieces) / 2
+        def watched(loss_sum, counts=counts):
+            given, value = list(counts), loss_sum.item()
+            loss = answer(loss_sum, given)
+            if given != counts or loss_sum.item() != value:
+                raise Mistake("loss_sum or counts is another one after the call.")
+            return loss
+
+        def averaged(make_loss, x=x, y=y, ranks=ranks):
+            return sum(gradient(*own, make_loss) for own in zip(x, y, strict=True)) / ranks
+
+        got, truth = averaged(watched), averaged(lambda s, n=ranks / total: s * n)
+        if not torch.allclose(got, truth, atol=1e-6):
+            each = iter(counts)
+            means = averaged(lambda s, each=each: s / max(next(each), 1))
+            _explain_gradient(got, truth, means, counts)
+
+
+def _explain_gradient(got, truth, means, counts):
+    case, total, ranks = f"Ranks with {counts} targets:", sum(counts), len(counts)
+
+    def is_(other):
+        return torch.allclose(got, other, rtol=1e-4, atol=1e-6)
+
+    if is_(means):
+        raise Mistake(
+            f"{case} a token of a rank with few weighs more than one of a rank with many. That is "
+            "a mean of means."
+        )
+    if is_(truth / ranks):
+        raise Mistake(
+            f"{case} the gradients are right but for a factor of 1/{ranks}: those of the ranks are "
+            "averaged, not summed, and you did not make up for it."
+        )
+    if is_(truth * total / ranks):
+        raise Mistake(f"{case} the loss is still a sum, so its size grows with the tokens.")
+    if is_(truth * total):
+        raise Mistake(f"{case} averaging is undone, and what remains is the sum over all tokens.")
+    if is_(truth * total / ranks**2):
+        raise Mistake(f"{case} you average over the ranks a second time.")
+    if is_(truth * 2 / ranks):
+        raise Mistake(f"{case} the factor fits two ranks only.")
+    if is_(truth * sum(count > 0 for count in counts) / ranks):
+        raise Mistake(f"{case} a rank without targets takes part in the average too.")
+    if not got.any():
+        raise Mistake(f"{case} the gradient is zero. Was something divided without a remainder?")
+    if is_(-truth):
+        raise Mistake(f"{case} the gradient points the other way.")
     ratio = (got / truth).mean().item()
-    if torch.allclose(got, means, atol=1e-6):
-        raise Mistake(
-            "A rank with 2 tokens weighs as much as one with 6: that is a mean of means. Divide by "
-            "the tokens of all ranks."
-        )
-    if torch.allclose(got, truth / 2, atol=1e-6):
-        raise Mistake(
-            "The gradients are right but for a factor of 1/2: those of the ranks are averaged, not "
-            "summed, and you did not make up for it."
-        )
-    if torch.allclose(got, truth * sum(counts) / 2, atol=1e-4):
-        raise Mistake("The loss is still a sum: its size grows with the number of tokens.")
-    raise Mistake(f"The gradient is not that of one process (on average {ratio:.2f} times it).")
+    raise Mistake(
+        f"{case} the gradient is not that of one process (on average {ratio:.2f} times it)."
+    )
+
+
+def _close(one, other):
+    return abs(float(one) - float(other)) < 1e-3
 
 
 def bytes_of_rank(answer):
     """Check a function (total, trainable, ranks, stage) -> bytes."""
-    for total, trainable in ((1200, 1200), (1200, 12)):
-        for stage in range(4):
-            got = answer(total, trainable, 4, stage)
-            sizes = [4 * total, 4 * trainable, 8 * trainable]
-            divided = [size / 4 if stage >= 3 - i else size for i, size in enumerate(sizes)]
-            case = f"{total} parameters, {trainable} trained, 4 ranks, stage {stage}"
-            if got == sum(divided):
-                continue
-            everything = [4 * total, 4 * total, 8 * total]
-            frozen = [size / 4 if stage >= 3 - i else size for i, size in enumerate(everything)]
-            if got == sum(frozen):
-                raise Mistake(f"{case}: frozen parameters have neither gradients nor moments.")
-            if stage == 0 and got < sum(sizes):
-                raise Mistake(f"{case}: plain data parallelism divides nothing.")
-            if stage == 1 and got == sizes[0] + (sizes[1] + sizes[2]) / 4:
-                raise Mistake(f"{case}: the gradients are divided from stage 2 on.")
-            if stage == 2 and got == sum(sizes) / 4:
-                raise Mistake(f"{case}: the parameters are divided in stage 3 only.")
-            if stage == 3 and got == sizes[0] + (sizes[1] + sizes[2]) / 4:
-                raise Mistake(f"{case}: stage 3 divides the parameters too.")
-            raise Mistake(f"{case}: {sum(divided):.0f} bytes are held; you say {got}.")
+    for total, trainable, ranks in ((1009, 97, 7), (1200, 1200, 4), (900, 90, 1)):
+        for stage in (1, 0, 2, 3):
+            got = answer(total, trainable, ranks, stage)
+            case = f"{total} parameters, {trainable} trainable, {ranks} ranks, stage {stage}"
+            truth = _held([4 * total, 4 * trainable, 8 * trainable], ranks, stage)
+            if not _close(got, truth):
+                _explain_held(float(got), case, total, trainable, ranks, stage)
+
+
+def _held(sizes, ranks, stage, first=(3, 2, 1)):
+    """Bytes of parts of these sizes, each divided from a stage on."""
+    pairs = zip(sizes, first, strict=True)
+    return sum(size / ranks if stage >= from_stage else size for size, from_stage in pairs)
+
+
+def _explain_held(got, case, total, trainable, ranks, stage):
+    sizes = [4 * total, 4 * trainable, 8 * trainable]
+    p, g, m = sizes
+    truth = _held(sizes, ranks, stage)
+    known = {
+        "frozen parameters have neither gradients nor moments.": [
+            _held([4 * total, 4 * total, 8 * total], ranks, stage)
+        ],
+        "these are numbers, not bytes; a float32 number has four of them.": [truth / 4],
+        "these are bits.": [truth * 8],
+        "that is half of it. Everything is float32 here.": [truth / 2],
+        "AdamW keeps two moments of each trainable parameter, and you count one.": [
+            _held([p, g, 4 * trainable], ranks, stage)
+        ],
+        "mixed precision would need a float32 copy of the weights; here nothing is copied.": [
+            _held([2 * total, 2 * trainable, 12 * trainable], ranks, stage),
+            _held([p, g, 12 * trainable], ranks, stage),
+        ],
+        "the gradients are missing.": [_held([p, 0, m], ranks, stage)],
+    }
+    if stage == 0 and got < truth:
+        known["plain data parallelism divides nothing."] = [got]
+    if stage == 1:
+        known["stage 1 divides the moments alone."] = [_held(sizes, ranks, 3)]
+        known["the gradients are divided from stage 2 on."] = [_held(sizes, ranks, 2)]
+    if stage == 2:
+        known["the parameters are divided in stage 3 only."] = [_held(sizes, ranks, 3)]
+        known["stage 2 still divides what stage 1 does."] = [p + g / ranks + m]
+    if stage == 3:
+        known["stage 3 divides the parameters too."] = [_held(sizes, ranks, 2)]
+        known["the frozen parameters are divided as well, not the trainable ones alone."] = [
+            4 * (total - trainable) + (g + g + m) / ranks
+        ]
+    known["the parts are divided in the wrong order of the stages."] = [
+        _held(sizes, ranks, stage, first) for first in ((1, 2, 3), (2, 3, 1), (3, 1, 2), (1, 3, 2))
+    ]
+    known["the number of ranks is not always 4."] = [_held(sizes, 4, stage)]
+    for message, values in known.items():
+        if any(_close(got, value) for value in values):
+            raise Mistake(f"{case}: {message}")
+    if abs(got - truth) < 4:
+        raise Mistake(f"{case}: your number {got} is rounded.")
+    much = "many" if got > truth else "few"
+    raise Mistake(f"{case}: {got:,.1f} bytes are too {much}.")
 
 
 def bytes_sent(answer):
     """Check a function (total, trainable, ranks, kind) -> bytes."""
-    for total, trainable in ((1200, 1200), (1200, 12)):
-        for ranks in (4, 2):
-            case = f"{total} parameters, {trainable} trained, {ranks} ranks"
-            part = (ranks - 1) / ranks
-            got, truth = answer(total, trainable, ranks, "ddp"), 8 * trainable * part
-            if abs(got - truth) > 1e-6:
-                if got == 8 * trainable:
-                    raise Mistake(f"{case}, ddp: a rank need not send its own share to itself.")
-                if got == truth / 2:
-                    raise Mistake(f"{case}, ddp: an all-reduce sends twice, to sum and to share.")
-                if abs(got - 8 * total * part) < 1e-6:
-                    raise Mistake(f"{case}, ddp: frozen parameters have no gradient to be summed.")
-                raise Mistake(f"{case}, ddp: a rank sends {truth:.0f} bytes; you say {got}.")
-            got, truth = answer(total, trainable, ranks, "fsdp"), part * (8 * total + 4 * trainable)
-            if abs(got - truth) > 1e-6:
-                if abs(got - part * (4 * total + 4 * trainable)) < 1e-6:
-                    raise Mistake(
-                        f"{case}, fsdp: you gather once, but after the forward pass each rank has "
-                        "given the others' shards back."
-                    )
-                if abs(got - part * 12 * trainable) < 1e-6:
-                    raise Mistake(
-                        f"{case}, fsdp: the frozen parameters are divided too, so they travel."
-                    )
-                raise Mistake(f"{case}, fsdp: a rank sends {truth:.0f} bytes; you say {got}.")
+    for total, trainable in ((1009, 97), (1200, 1200)):
+        for ranks in (7, 4, 2, 1):
+            for kind in ("ddp", "fsdp"):
+                case = f"{total} parameters, {trainable} trainable, {ranks} ranks, {kind}"
+                got, part = answer(total, trainable, ranks, kind), (ranks - 1) / ranks
+                truth = {"ddp": 8 * trainable, "fsdp": 8 * total + 4 * trainable}
+                if not _close(got, part * truth[kind]):
+                    _explain_sent(float(got), case, total, trainable, ranks, kind)
+
+
+def _explain_sent(got, case, total, trainable, ranks, kind):
+    part, t = (ranks - 1) / ranks, 4 * trainable
+    wholes = {"ddp": 2 * t, "fsdp": 8 * total + t}
+    whole = wholes[kind]
+    known = {
+        "a rank need not send its own share to itself.": whole,
+        "that grows with every rank. Of n bytes a rank sends less than n in each half.": (
+            whole * (ranks - 1)
+        ),
+        "that is the rank's own share; it sends what the others need.": whole / ranks,
+        "these are numbers, not bytes; a float32 number has four of them.": part * whole / 4,
+        "the two kinds are swapped.": part * wholes["fsdp" if kind == "ddp" else "ddp"],
+    }
+    if kind == "ddp":
+        known["an all-reduce sends twice, to sum and to share."] = part * t
+        known["frozen parameters have no gradient to be summed."] = part * 8 * total
+    else:
+        known[
+            "you gather once, but after the forward pass each rank has given the others' shards "
+            "back."
+        ] = part * (4 * total + t)
+        known["the frozen parameters are sharded too, so they travel."] = part * 3 * t
+        known["frozen parameters have no gradient to be scattered."] = part * 12 * total
+        known["gradients are scattered here, not all-reduced: each rank needs its shard alone."] = (
+            part * (8 * total + 2 * t)
+        )
+        known["the gradients do not travel at all."] = part * 8 * total
+    known["that is half of it. Everything is float32 here."] = part * whole / 2
+    for message, value in known.items():
+        if _close(got, value):
+            raise Mistake(f"{case}: {message}")
+    if abs(got - part * whole) < 12:
+        raise Mistake(f"{case}: your number {got} is rounded.")
+    much = "many" if got > part * whole else "few"
+    raise Mistake(f"{case}: {got:,.1f} bytes are too {much}.")
