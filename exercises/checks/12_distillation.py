@@ -134,7 +134,7 @@ def divergence(answer):
         return
     except Exception as error:
         raise Mistake(
-            f"An unknown direction ends in a {type(error).__name__}, not in a ValueError."
+            f"An unknown direction raises {type(error).__name__} instead of ValueError."
         ) from error
     raise Mistake("An unknown direction is accepted.")
 
@@ -304,6 +304,8 @@ def distillation_loss(answer):
         raise Mistake("alpha goes to the wrong part: at alpha=1 only the labels should count.")
     if _near(got[0.0], hard + soft) or _near(got[1.0], hard + soft):
         raise Mistake("One of the two parts counts in full, whatever alpha is.")
+    if _near(got[0.0], got[1.0]):
+        raise Mistake("The loss is the same for every alpha.")
     _compare(got[0.0], soft, _soft_mistakes(s, t, labels, T), "The soft part, at alpha=0")
     _compare(got[1.0], hard, _hard_mistakes(s, t, labels, T), "The hard part, at alpha=1")
     if not _near(got[0.25], 0.25 * hard + 0.75 * soft):
@@ -326,7 +328,9 @@ def distillation_loss(answer):
     exact = answer(a.float(), b.float(), labels, 0.25, T).item()
     for pair in ((a, b), (a.float(), b), (a, b.float())):
         got = answer(*pair, labels, 0.25, T)
-        if got.dtype != torch.float32 or abs(got.item() - exact) > 1e-5 * abs(exact):
+        if got.dtype not in (torch.float32, torch.float64) or abs(got.item() - exact) > 1e-5 * abs(
+            exact
+        ):
             raise Mistake(
                 "On bfloat16 logits the loss is computed in bfloat16, which has three digits. Sums "
                 "over a vocabulary need more."
@@ -587,9 +591,9 @@ def on_policy_loss(answer):
         written=torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]).bool(),
         where="On a text that the check lets the student write",
     )  # fmt: skip
-    _on_policy(  # all rows end before the last token, another one ends, and padding has its own
+    _on_policy(  # token 7 ends a row, all rows end early, and padding's id is also a word
         answer, student, teacher, end=7, pad=0, most=4,
-        prompts=torch.tensor([[0, 40, 41], [50, 51, 52], [0, 0, 42]]),
+        prompts=torch.tensor([[0, 40, 41], [50, 0, 52], [0, 0, 42]]),
         mask=torch.tensor([[0, 1, 1], [1, 1, 1], [0, 0, 1]]),
         new=torch.tensor([[7, 0, 0], [60, 61, 7], [62, 7, 0]]),
         written=torch.tensor([[1, 0, 0], [1, 1, 1], [1, 1, 0]]).bool(),
@@ -625,8 +629,13 @@ def _on_policy(answer, student, teacher, end, pad, most, prompts, mask, new, wri
     with torch.no_grad():
         t = teacher(ids, attention_mask=full).logits
         bare_s, bare_t = student(ids).logits, teacher(ids).logits
+        by_id = [model(ids, attention_mask=(ids != pad).long()).logits
+                 for model in (student, teacher)]  # fmt: skip
     right = _kl(scored, t)[:, prompts.shape[1] - 1 : -1][written].mean()
     known = _on_policy_mistakes(scored.detach(), t, bare_s, bare_t, ids, mask, written, end, most)
+    known["the mask is made of the ids, and hides a word that has the id of the padding."] = _kl(
+        *by_id
+    )[:, prompts.shape[1] - 1 : -1][written].mean()
     _compare(got, right.item(), known, where)
     if not loss.requires_grad:
         raise Mistake("The loss has no gradient: the student cannot learn from it.")
@@ -634,6 +643,8 @@ def _on_policy(answer, student, teacher, end, pad, most, prompts, mask, new, wri
     loss.backward()
     if any(p.grad is not None for p in teacher.parameters()):
         raise Mistake("A gradient reaches the teacher: it would be moved towards the student.")
+    if not all(p.requires_grad for p in teacher.parameters()):
+        raise Mistake("The teacher has been frozen, and stays so for its owner.")
     if any(p.grad is None for p in student.parameters()):
         raise Mistake("No gradient reaches the student's weights.")
     found = torch.cat([p.grad.flatten() for p in student.parameters()])
@@ -659,9 +670,9 @@ def _on_policy_mistakes(s, t, bare_s, bare_t, ids, mask, written, end, most):
     ended = (ids == end).long()
     from_start = ((ended.cumsum(1) - ended) == 0)[:, width:]
     by_most = torch.cat([torch.ones_like(written[:, :1]), written], 1)[:, -most:]
-    drawn = torch.gather(
-        s.log_softmax(-1)[:, :-1] - t.log_softmax(-1)[:, :-1], 2, ids[:, 1:, None]
-    )[..., 0][:, width - 1 :]
+    log_s, log_t = (
+        each.log_softmax(-1)[:, after].gather(2, new[..., None])[..., 0][written] for each in (s, t)
+    )
     return {
         "the divergence is taken in the forward direction.": _kl(t, s)[:, after][written].mean(),
         "it is taken where the new tokens stand, not where they are predicted.": (
@@ -690,7 +701,9 @@ def _on_policy_mistakes(s, t, bare_s, bare_t, ids, mask, written, end, most):
             kl[:, -most - 1 : -1][by_most[:, -kl[:, -most - 1 : -1].shape[1] :]].mean()
         ),
         "only the probabilities of the tokens drawn are compared. The divergence sums over the "
-        "vocabulary.": drawn[written].mean(),
+        "vocabulary.": (log_s - log_t).mean(),
+        "that is a policy gradient's stand-in for the loss. Here the divergence itself can be "
+        "computed.": (log_s * (log_s - log_t)).mean(),
         "neither model is told which tokens of the prompts are padding.": (
             _kl(bare_s, bare_t)[:, after][written].mean()
         ),
@@ -717,7 +730,10 @@ def _called(call, prompts, mask, most, end, pad, vocabulary):
     options = {**(config.to_dict() if config is not None else {}), **call}
     if options.get("attention_mask") is None or not torch.equal(options["attention_mask"], mask):
         raise Mistake("While it writes, the student takes the padding for a part of the prompt.")
-    if options.get("max_new_tokens") != most:
+    number = options.get("max_new_tokens")
+    if number is None and options.get("max_length") is not None:
+        number = options["max_length"] - prompts.shape[1]
+    if number != most:
         raise Mistake("The number of new tokens is not the one that was asked for.")
     if not options.get("do_sample"):
         raise Mistake("The student writes its likeliest text, and so the same in every step.")
@@ -779,6 +795,8 @@ def teacher_targets(answer):
         _scored(log, given, "teacher")
         if any(training for _, training, _ in log):
             raise Mistake("The teacher is in training mode, so dropout changes its targets.")
+        if teacher.training:
+            raise Mistake("The teacher is put back into training mode. Leave it in eval mode.")
         if not graphs:
             raise Mistake("Gradients stay switched off after the call, for the student too.")
         if not all(p.requires_grad for p in teacher.parameters()):
@@ -822,6 +840,7 @@ def _step_mistakes(batch, s, t, alpha, temperature):
     )
     of_shares = _parts(s.softmax(-1), t.softmax(-1), labels, temperature)
     exchanged = _parts(t, s, labels, temperature)
+    of_alpha = _parts(s, t, labels, alpha)
 
     def mixed(parts):
         return alpha * parts[0] + (1 - alpha) * parts[1]
@@ -832,6 +851,12 @@ def _step_mistakes(batch, s, t, alpha, temperature):
         "the labels are shifted twice.": mixed(of_late),
         "both parts see logits that are already divided by the temperature.": mixed(of_scaled),
         "probabilities are taken for logits.": mixed(of_shares),
+        "alpha and the temperature have changed places.": (
+            temperature * of_alpha[0] + (1 - temperature) * of_alpha[1]
+        ),
+        "all tokens of the text are targets, whatever the labels say.": (
+            mixed(_parts(s, t, batch["input_ids"], temperature))
+        ),
         "it is the labels' part alone.": hard,
         "it is the teacher's part alone.": soft,
     } | {f"in the soft part, {what}": mixed((hard, value)) for what, value in known.items()}
@@ -855,6 +880,8 @@ def student_loss(answer):
         _scored(log, given, "student")
         if not all(training for _, training, _ in log):
             raise Mistake("The student is not in training mode while it learns.")
+        if not student.training:
+            raise Mistake("The student is put back into eval mode, and it goes on learning.")
         right = sum(w * part for w, part in zip(
             (alpha, 1 - alpha), _parts(s, t, given["labels"], temperature), strict=True
         ))  # fmt: skip
@@ -942,10 +969,14 @@ def _step(answer, student, teacher, batch, alpha, temperature, lr=0.05, decay=0.
     known["that is the loss after the step, which costs another pass."] = (
         alpha * late[0] + (1 - alpha) * late[1]
     )
-    _compare(got, (alpha * hard + (1 - alpha) * soft).item(), known, "The loss returned")
+    right = (alpha * hard + (1 - alpha) * soft).item()
+    known["it is rounded."] = round(right, 2)
+    _compare(got, right, known, "The loss returned")
     if not _all_near(params, moved(gradient)):
         raise Mistake("The loss is right, but the student does not move by its gradient.")
     if not _all_near(teacher.parameters(), teacher_before):
+        if all(p.grad is not None and not p.grad.any() for p in teacher.parameters()):
+            raise Mistake("The teacher's gradients are zeros, so weight decay still moves it.")
         raise Mistake("The step changes the weights of the teacher, which the optimizer holds too.")
 
 

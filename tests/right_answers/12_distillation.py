@@ -140,8 +140,8 @@ def on_policy_loss(student, teacher, input_ids, attention_mask, max_new_tokens):
 def on_policy_loss(student, teacher, input_ids, attention_mask, max_new_tokens):
     with torch.no_grad():
         ids = student.generate(input_ids, attention_mask=attention_mask, do_sample=True, top_k=0,
-                               top_p=1.0, temperature=1.0, max_new_tokens=max_new_tokens,
-                               pad_token_id=0)
+                               top_p=1.0, temperature=1.0, pad_token_id=0,
+                               max_length=input_ids.shape[1] + max_new_tokens)
     width = input_ids.shape[-1]
     answer = ids[:, width:]
     is_end = answer == student.config.eos_token_id

@@ -395,7 +395,7 @@ WRONG = [
                              "student.generate(input_ids[:, -2:],"), "continue the prompts"),
     # Two directions
     ("divergence", _edit(_DIVERGENCE, 'raise ValueError("neither")', 'raise KeyError("neither")'),
-     "ends in a KeyError"),
+     "raises KeyError instead"),
     ("divergence", _edit(_DIVERGENCE, "log_s, log_t = student_logits.log_softmax(-1), "
                                       "teacher_logits.log_softmax(-1)",
                          "log_s, log_t = student_logits.softmax(-1).log(), "
@@ -470,6 +470,7 @@ WRONG = [
                                 " -100)], 1)", "student_logits[:, :-1]", "student_logits",
                                 "teacher_logits[:, :-1]", "teacher_logits"),
      "whatever the device of the labels"),
+    ("distillation_loss", _edit(_LOSS, BOTH, "0.5 * hard + 0.5 * soft"), "same for every alpha"),
     # A student made of the teacher's blocks
     ("student_from_layers", _edit(_COPY, "for i in keep)\n    student.config.num",
                                   "for i in sorted(keep))\n    student.config.num"),
@@ -534,6 +535,20 @@ WRONG = [
     ("on_policy_loss", _edit(_POLICY, ONES,
                              "torch.cat([attention_mask, torch.ones(new.shape)], 1)"),
      "whatever the device of the prompts"),
+    ("on_policy_loss", _edit(_POLICY, "    ids = student", "    with torch.inference_mode():\n"
+                                                           "     ids = student"),
+     "Inference tensors cannot"),
+    ("on_policy_loss", _edit(_POLICY, "top_k=0,", "top_k=0, num_beams=4,"), "num_beams=4 changes"),
+    ("on_policy_loss", _edit(_POLICY, ONES, "(ids != student.config.pad_token_id).long()"),
+     "hides a word that has the id of the padding"),
+    ("on_policy_loss", _edit(_POLICY, "    return " + DIVERGED,
+                             "    x, y = (each.log_softmax(-1).gather(2, new[..., None])[..., 0]"
+                             "[written] for each in (s, t))\n"
+                             "    return (x * (x - y).detach()).mean()"),
+     "policy gradient's stand-in"),
+    ("on_policy_loss", _edit(_POLICY, "    with torch.no_grad():\n",
+                             "    teacher.requires_grad_(False)\n    if True:\n"),
+     "The teacher has been frozen"),
     # What the teacher is asked
     ("teacher_targets", _edit(_TARGETS, "    teacher.eval()\n", ""),
      "The teacher is in training mode"),
@@ -563,6 +578,10 @@ WRONG = [
      "not what the teacher says"),
     ("teacher_targets", "def teacher_targets(teacher, batch):\n    return batch['labels']\n",
      "The teacher is not asked"),
+    ("teacher_targets", _edit(_TARGETS, "    teacher.eval()\n",
+                              "    training = teacher.training\n    teacher.eval()\n",
+                              RETURNED, "teacher.train(training)\n    " + RETURNED),
+     "is put back into training mode"),
     # What the student learns from
     ("student_loss", _edit(_STUDENT_LOSS, "    student.train()\n", ""),
      "The student is not in training"),
@@ -583,7 +602,7 @@ WRONG = [
     ("student_loss", _step_loss("kl(targets / T, logits / T)[labels != -100].mean() * T**2"),
      "where the target stands"),
     ("student_loss", _edit(_STUDENT_LOSS, "(logits, targets, labels",
-                           "(targets, logits, labels"), "have changed places"),
+                           "(targets, logits, labels"), "student and teacher have changed places"),
     ("student_loss", _edit(_STUDENT_LOSS, "targets, labels,",
                            "targets, torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], "
                            "-100)], 1),"), "the labels are shifted twice"),
@@ -613,10 +632,18 @@ WRONG = [
     ("student_loss", _edit(_STUDENT_LOSS, f"return {LOSS}",
                            f"loss = {LOSS}\n    return loss.detach() + 2 * (loss - loss.detach())"),
      "not its gradient in the student's weights"),
+    ("student_loss", _edit(_STUDENT_LOSS, f"return {LOSS}",
+                           f"student.eval()\n    return {LOSS}"), "is put back into eval mode"),
+    ("student_loss", _edit(_STUDENT_LOSS, "labels, alpha, temperature)",
+                           "labels, temperature, alpha)"), "alpha and the temperature have"),
+    ("student_loss", _edit(_STUDENT_LOSS, "targets, labels,", "targets, ids,"),
+     "whatever the labels say"),
     # The whole step
     ("distil_step", _FOUND, "The teacher takes the padding"),
     ("distil_step", _edit(_STEP, "optimizer.zero_grad()", "student.zero_grad()"),
      "the weights of the teacher"),
+    ("distil_step", _edit(_STEP, "zero_grad()", "zero_grad(set_to_none=False)"),
+     "weight decay still moves it"),
     ("distil_step", _edit(_STEP, "loss.item()", "loss"), "lives on after the step"),
     ("distil_step", _edit(_STEP, "return loss.item()", "return loss.detach()"),
      "Return the loss as a float"),
@@ -649,4 +676,5 @@ WRONG = [
      "The batch has been changed"),
     ("distil_step", _edit(_STEP, "targets, batch, alpha, temp", "targets, batch, 1 - alpha, temp"),
      "The loss returned: alpha goes"),
+    ("distil_step", _edit(_STEP, "loss.item()", "round(loss.item(), 2)"), "it is rounded"),
 ]  # fmt: skip
