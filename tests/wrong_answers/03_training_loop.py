@@ -535,7 +535,7 @@ def linear_schedule_state():
         for weight, before, call, told in [
             ("len(b['labels']) / 6", "", "**b", "as it has rows"),
             (
-                "int(b['attention_mask'].sum()) / sum(int(c['attention_mask'].sum()) for c in batches)",
+                "b['attention_mask'].sum() / sum(c['attention_mask'].sum() for c in batches)",
                 "",
                 "**b",
                 "in its attention mask",
