@@ -9,12 +9,29 @@ from checks import Mistake
 
 def fixed_bytes(answer):
     """Check a function (trainable, frozen, half_base) -> bytes of three parts."""
-    for trainable, frozen, half in ((1000, 0, False), (10, 990, False), (10, 990, True)):
+    for trainable, frozen, half in (
+        (1000, 0, False),
+        (10, 990, False),
+        (10, 990, True),
+        (7, 0, True),
+    ):
         parts = answer(trainable, frozen, half)
         wanted = {"parameters", "gradients", "optimizer"}
         if not isinstance(parts, dict) or set(parts) != wanted:
             raise Mistake(f"Return a dict with the keys {', '.join(sorted(wanted))}.")
-        case = f"With {trainable} trained and {frozen} frozen parameters"
+        case = f"With {trainable} trainable and {frozen} frozen parameters"
+        if not all(isinstance(size, int) for size in parts.values()):
+            raise Mistake(f"{case}: bytes are whole numbers, but you return {parts}.")
+        if half and parts["gradients"] == 2 * trainable:
+            raise Mistake(f"{case}: half_base is about the frozen ones; gradients stay float32.")
+        if half and parts["optimizer"] == 4 * trainable:
+            raise Mistake(f"{case}: the moments are float32 even on a bfloat16 base.")
+        if not half and parts["parameters"] == 4 * trainable + 2 * frozen and frozen:
+            raise Mistake(f"{case}: the frozen ones have two bytes only with half_base.")
+        if parts["parameters"] == 4 * trainable and frozen:
+            raise Mistake(f"{case}: frozen parameters take up memory too.")
+        if parts["optimizer"] == 12 * trainable:
+            raise Mistake(f"{case}: the optimizer has two moments; the rest is counted elsewhere.")
         if parts["gradients"] == 4 * (trainable + frozen) != 4 * trainable:
             raise Mistake(f"{case}: a frozen parameter has no gradient, not even one of zeros.")
         if parts["gradients"] != 4 * trainable:
@@ -27,11 +44,11 @@ def fixed_bytes(answer):
         if parts["optimizer"] == 4 * trainable:
             raise Mistake(f"{case}: AdamW keeps more than one moment of each parameter.")
         if parts["optimizer"] != 8 * trainable:
-            raise Mistake(f"{case}: the optimiser takes {parts['optimizer']} bytes; count again.")
+            raise Mistake(f"{case}: the optimizer takes {parts['optimizer']} bytes; count again.")
         expected = 4 * trainable + (2 if half else 4) * frozen
         if half and parts["parameters"] == 2 * (trainable + frozen):
-            raise Mistake(f"{case} on a bfloat16 base: the trained ones stay in float32.")
-        if half and parts["parameters"] == 4 * (trainable + frozen):
+            raise Mistake(f"{case} on a bfloat16 base: the trainable ones stay in float32.")
+        if half and frozen and parts["parameters"] == 4 * (trainable + frozen):
             raise Mistake(f"{case}: with half_base the frozen ones have two bytes, not four.")
         if parts["parameters"] != expected:
             raise Mistake(f"{case}: the parameters take {parts['parameters']} bytes; count again.")
@@ -66,6 +83,22 @@ def kept_bytes(answer):
         )
     if got != 3200:
         raise Mistake(f"A slice of a tensor of 3,200 bytes is kept; you count {got}.")
+    if answer(lambda x: x * big[:4], [], [x]) != 3200:
+        raise Mistake("A second call counts otherwise: something is kept from the first.")
+    wide = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
+    got = answer(lambda x: x.exp(), [], [wide])
+    if got == 128:
+        raise Mistake("exp keeps 32 float64 numbers: not every number has four bytes.")
+    if got != 256:
+        raise Mistake(f"exp keeps one float64 tensor of 256 bytes; you count {got}.")
+    got = answer(lambda x: x + 1, [], [x])
+    if got:
+        raise Mistake(f"A sum keeps nothing, but you count {got} bytes.")
+    got = answer(lambda x: x.exp().exp().exp(), [], [x])
+    if got == 128:
+        raise Mistake("Three tensors of one shape are kept, and you count one of them.")
+    if got != 3 * 128:
+        raise Mistake(f"Three exps in a row keep 384 bytes; you count {got}.")
     layer = nn.Linear(8, 16, bias=False)
     got = answer(layer, list(layer.parameters()), [x])
     if got == 128 + 512:
@@ -94,7 +127,7 @@ def _truth(batch, seq, hidden, inner, trained):
 
 def mlp_bytes(answer):
     """Check a function (batch, seq, hidden, inner, trained) -> bytes, against torch."""
-    for sizes in ((2, 3, 8, 20), (1, 7, 12, 16)):
+    for sizes in ((3, 5, 8, 20), (1, 7, 12, 16), (2, 4, 9, 4)):
         b, s, h, i = sizes
         case = f"batch {b}, seq {s}, hidden {h}, inner {i}"
         for trained in (False, True):
@@ -109,6 +142,16 @@ def mlp_bytes(answer):
                     f"{case}, {state}: that is what is kept with the weights the other way round. "
                     "A linear layer needs its input only for the gradient of its weight."
                 )
+            if got in (truth // b, truth // s):
+                raise Mistake(f"{case}, {state}: every token of every row keeps its own.")
+            if 2 * got == truth:
+                raise Mistake(f"{case}, {state}: float32 was asked for, not a 16-bit type.")
+            if got == truth + 4 * (3 * h * i):
+                raise Mistake(f"{case}, {state}: the weights are counted, which stand anyway.")
+            if got == truth + 4 * b * s * h and not trained:
+                raise Mistake(f"{case}, {state}: x itself is not kept if no weight needs it.")
+            if got == truth + 4 * b * s * h * 2:
+                raise Mistake(f"{case}, {state}: the output of down is not kept by the MLP.")
             if trained and got == truth + 4 * b * s * h:
                 raise Mistake(f"{case}: gate and up read the same x, which is kept once.")
             if trained and got == truth - 4 * b * s * i:
@@ -124,10 +167,17 @@ def round_trip(answer):
     """Check a function (x, code, block_size) -> (indices, absmax, restored)."""
     code = torch.tensor([-1.0, -0.5, -0.1, 0.0, 0.2, 0.6, 1.0])
     x = torch.tensor([0.05, -0.2, 0.11, 0.19, 8.0, 1.0, -3.0, 5.1, -6.0, 1.0, 2.0, -2.5])
+    before = x.clone()
     result = answer(x, code, 4)
+    if not torch.equal(x, before):
+        raise Mistake("x itself was changed: it belongs to the caller.")
     if not isinstance(result, tuple) or len(result) != 3:
         raise Mistake("Return three tensors: indices, absmax, restored.")
     indices, absmax, restored = result
+    if not indices.dtype.is_floating_point and indices.shape == (3, 4):
+        raise Mistake("indices must be one-dimensional like x, not one row per block.")
+    if indices.dtype.is_floating_point:
+        raise Mistake("The indices are whole numbers, but yours are floats. Are they the values?")
     if absmax.numel() == 1:
         raise Mistake("There is one scale for the whole of x: an outlier spoils every block.")
     if absmax.shape != (3,):
@@ -154,6 +204,14 @@ def round_trip(answer):
         raise Mistake("restored is still in units of its block; undo the division.")
     if not torch.allclose(restored, expected):
         raise Mistake(f"restored should be {expected.tolist()}, but is {restored.tolist()}.")
+    other, small = torch.tensor([-1.0, 0.0, 0.3, 1.0]), torch.tensor([3e-6, -1e-6, -4e-6, 1e-6])
+    if answer(x, other, 3)[1].shape != (4,):
+        raise Mistake("With blocks of 3 the 12 numbers have 4 blocks: is a 4 written in your code?")
+    found = answer(small, other, 2)
+    if found[0].tolist() != [3, 1, 0, 2] or not torch.allclose(
+        found[2], torch.tensor([3e-6, 0, -4e-6, 1.2e-6]), atol=0
+    ):
+        raise Mistake(f"Numbers near 1e-6 come back as {found[2].tolist()} with the code {other}.")
     zeros = answer(torch.zeros(4), code, 4)[2]
     if zeros.isnan().any():
         raise Mistake("A block of zeros gives NaN: its scale is zero, and you divide by it.")

@@ -94,4 +94,77 @@ WRONG = [
         _round(clamp=False, restored="(scaled + (code[indices] - scaled)) * absmax[:, None]"),
         "gives NaN",
     ),  # noqa: E501
+    # Found by solving the tasks afresh.
+    (
+        "fixed_bytes",
+        _fixed(
+            "4 * trainable + (2 if half_base else 4) * frozen",
+            "(2 if half_base else 4) * trainable",
+            "8 * trainable",
+        ),
+        "gradients stay float32",
+    ),
+    (
+        "fixed_bytes",
+        _fixed(
+            "4 * trainable + (2 if half_base else 4) * frozen",
+            "4 * trainable",
+            "(4 if half_base else 8) * trainable",
+        ),
+        "moments are float32 even",
+    ),
+    (
+        "fixed_bytes",
+        _fixed("4 * trainable + 2 * frozen", "4 * trainable", "8 * trainable"),
+        "only with half_base",
+    ),
+    ("fixed_bytes", _fixed("4 * trainable", "4 * trainable", "8 * trainable"), "take up memory"),
+    ("fixed_bytes", _fixed("4 * both", "4 * trainable", "12 * trainable"), "counted elsewhere"),
+    ("fixed_bytes", _fixed("4 * both / 1", "4 * trainable", "8 * trainable"), "whole numbers"),
+    (
+        "kept_bytes",
+        _kept(f"{POINTER} not in seen | known", "4 * len(t.untyped_storage()) // t.element_size()"),
+        "not every number has four bytes",
+    ),
+    ("kept_bytes", _kept("tuple(t.shape) not in seen", key="tuple(t.shape)"), "of one shape"),
+    (
+        "kept_bytes",
+        """
+import torch
+
+def kept_bytes(function, parameters, inputs):
+    result, sizes = function(*inputs), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, id):
+        result.sum()
+    return sum(sizes)
+""",
+        "Is the hook active in time?",
+    ),
+    (
+        "kept_bytes",
+        _kept(f"{POINTER} not in seen | known", "torch.tensor(t.untyped_storage().nbytes())"),
+        "one whole number of bytes",
+    ),
+    ("mlp_bytes", _mlp("4 * seq * (3 * inner + trained * (hidden + inner))"), "every row"),
+    ("mlp_bytes", _mlp("2 * tokens * (3 * inner + trained * (hidden + inner))"), "a 16-bit type"),
+    (
+        "mlp_bytes",
+        _mlp("4 * tokens * (3 * inner + trained * (hidden + inner)) + 12 * hidden * inner"),
+        "weights are counted",
+    ),
+    ("mlp_bytes", _mlp("4 * tokens * (3 * inner + hidden + trained * inner)"), "x itself"),
+    (
+        "mlp_bytes",
+        _mlp("4 * tokens * (3 * inner + 2 * hidden + trained * (hidden + inner))"),
+        "the output of down",
+    ),
+    ("round_trip", _round().replace("indices.flatten()", "indices"), "one row per block"),
+    ("round_trip", _round().replace("indices.flatten()", "code[indices].flatten()"), "floats"),
+    ("round_trip", _round().replace("block_size)\n    absmax", "4)\n    absmax"), "is a 4 written"),
+    ("round_trip", _round().replace("1e-30", "1e-5"), "near 1e-6"),
+    (
+        "round_trip",
+        _round().replace("blocks / absmax", "blocks.div_(9).mul_(9.5) / absmax"),
+        "belongs to the caller",
+    ),
 ]
