@@ -10,7 +10,7 @@ VENV ?= .venv
 LAB_OPTIONS ?=
 BIN = $(VENV)/bin
 
-.PHONY: lab test assets check unit nbval notebooks pages slides exercises bench evidence browser format
+.PHONY: lab test assets check unit nbval notebooks pages slides anki cards exercises bench evidence browser format
 
 lab: $(VENV)/lab.stamp assets
 	$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" $(LAB_OPTIONS) notebooks/00_start_here.ipynb
@@ -68,6 +68,13 @@ pages: $(VENV)/test.stamp
 # Slides of each lesson, for a browser without a network: build/slides/index.html.
 slides: $(VENV)/test.stamp
 	$(BIN)/python tools/make_slides.py
+
+# Flashcards of the interview bank: decks for Anki, and pages to print. build/interview/
+anki: $(VENV)/test.stamp
+	$(BIN)/python tools/make_cards.py anki
+
+cards: $(VENV)/test.stamp
+	$(BIN)/python tools/make_cards.py print
 
 exercises: $(VENV)/test.stamp
 	$(BIN)/python tools/make_exercises.py

@@ -31,14 +31,18 @@ def load_bank(
     require(language in LANGUAGES, f'language={shown(language)} is neither "en" nor "zh".')
     for name, value, known in (("level", level, LEVELS), ("kind", kind, KINDS)):
         require(not value or value in known, f"{name}={shown(value)} is none of {shown(known)}.")
-    rows = [row for row in raw_bank() if not chapter or row["chapter"] == chapter]
-    rows = [row for row in rows if level in ("", row["level"]) and kind in ("", row["kind"])]
-    questions = [filled_in(row, language) for row in rows]
     words = search.casefold().split()
-    return [
-        each for each in questions
-        if all(word in f"{each['question']} {each['answer']}".casefold() for word in words)
-    ]  # fmt: skip
+    found = []
+    for row in raw_bank():
+        text = f"{row['question'][language]} {row['answer'][language]}".casefold()
+        if (
+            chapter in ("", row["chapter"])
+            and level in ("", row["level"])
+            and kind in ("", row["kind"])
+            and all(word in text for word in words)
+        ):
+            found.append(filled_in(row, language))
+    return found
 
 
 def raw_bank() -> list[dict]:

@@ -131,7 +131,7 @@ def block_activations(rng: random.Random) -> Drill:
 
 def kv_cache(rng: random.Random) -> Drill:
     """The KV cache at inference."""
-    name, batch, seq = rng.choice(LARGE), rng.choice([1, 8, 32]), rng.choice([2048, 4096, 8192])
+    name, batch, seq = rng.choice(LARGE), rng.choice([4, 8, 32]), rng.choice([2048, 4096, 8192])
     shape = shape_of(name)
     layers, heads = shape.num_hidden_layers, shape.num_key_value_heads
     size = shape.hidden_size // shape.num_attention_heads

@@ -1,0 +1,211 @@
+"""A mock interview: questions graded by rubric, drills, one coding task, one silent bug.
+
+    interview = mock("senior", "en", minutes=30, seed=1)
+    interview                      # the parts, with their minutes
+    interview.ask(1); interview.reveal(1); interview.tick(1, [1, 3])
+    interview.answer(4, 12.5)      # a drill
+    interview.code(6, my_function) # a coding task
+    interview.report()
+
+`show` of minipeft.interview.widgets does the same with buttons and a countdown.
+Free text is never graded: you tick the points of the rubric that you named.
+"""
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+from minipeft.interview import repetition
+from minipeft.interview.bank import LANGUAGES, LEVELS, filled_in, raw_bank
+from minipeft.interview.bugs import load_bugs
+from minipeft.interview.coding import coding_tasks
+from minipeft.interview.drills import KINDS, draw
+from minipeft.refusals import require, shown
+
+DRILL_MINUTES = 3
+HEADINGS = {
+    "en": {"question": "Question", "drill": "Drill", "code": "Live coding", "bug": "Find the bug",
+           "derive": "Derive"},
+    "zh": {"question": "问答", "drill": "计算", "code": "编程", "bug": "找错", "derive": "推导"},
+}  # fmt: skip
+BUG_RUBRIC = {
+    "en": ["Found the line", "Said what it does and why nothing raises", "Gave the fix"],
+    "zh": ["找到了出错的那一行", "说清楚它做了什么、为什么不报错", "给出了正确的写法"],
+}
+
+
+@dataclass
+class Part:
+    """One part of a mock interview. kind: "question", "derive", "drill", "code" or "bug"."""
+
+    kind: str
+    id: str
+    chapter: str
+    minutes: int
+    text: str
+    solution: str
+    rubric: list[str]
+    item: Any
+    share: float | None = None  # of its points, once it is graded
+
+
+@dataclass
+class Mock:
+    """A mock interview under way; parts are counted from 1."""
+
+    level: str
+    language: str
+    minutes: int
+    parts: list[Part] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        names = HEADINGS[self.language]
+        lines = [f"{i:2}. {names[part.kind]} ({part.minutes} min)"
+                 for i, part in enumerate(self.parts, start=1)]  # fmt: skip
+        return "\n".join([*lines, f"    {sum(part.minutes for part in self.parts)} min"])
+
+    def ask(self, number: int) -> str:
+        """The text of a part, in Markdown."""
+        return self._part(number).text
+
+    def reveal(self, number: int) -> str:
+        """The answer of a part and its rubric, in Markdown."""
+        part = self._part(number)
+        points = "\n".join(f"{i}. {point}" for i, point in enumerate(part.rubric, start=1))
+        return f"{part.solution}\n\n{points}".strip()
+
+    def tick(self, number: int, points: list[int]) -> float:
+        """Grade a part by the points of its rubric that you named, counted from 1.
+
+        Returns their share. Raises ValueError for a part without a rubric and for unknown points.
+        """
+        part = self._part(number)
+        require(part.rubric, f"Part {number} has no rubric; use answer or code for it.")
+        known = range(1, len(part.rubric) + 1)
+        wrong = [point for point in points if point not in known]
+        require(
+            not wrong, f"The rubric has the points 1 to {len(part.rubric)}, not {shown(wrong)}."
+        )
+        return self._grade(part, len(set(points)) / len(part.rubric))
+
+    def answer(self, number: int, value: float | str) -> bool:
+        """Grade a drill: right within 10 %. Raises ValueError for another part or no number."""
+        part = self._part(number)
+        require(part.kind == "drill", f"Part {number} is no drill.")
+        return bool(self._grade(part, float(part.item.right(value))))
+
+    def code(self, number: int, *answer: Any) -> bool:
+        """Grade a coding task by the check of its exercise, which says what is wrong.
+
+        Raises ValueError for another part.
+        """
+        part = self._part(number)
+        require(part.kind == "code", f"Part {number} is no coding task.")
+        try:
+            part.item.check(*answer)
+        except AssertionError as mistake:
+            print(f"Not yet right: {mistake}")
+            return bool(self._grade(part, 0.0))
+        return bool(self._grade(part, 1.0))
+
+    def chapters(self) -> dict[str, tuple[float, int]]:
+        """{chapter: (points, parts)} of what has been graded; each part counts one point."""
+        found: dict[str, tuple[float, int]] = {}
+        for part in self.parts:
+            if part.share is not None:
+                points, parts = found.get(part.chapter, (0.0, 0))
+                found[part.chapter] = (points + part.share, parts + 1)
+        return found
+
+    def report(self) -> str:
+        """Points by chapter with links to the lessons, and the cards that are due, in Markdown."""
+        return report(self)
+
+    def _part(self, number):
+        count = len(self.parts)
+        require(number in range(1, count + 1), f"There are the parts 1 to {count}, not {number!r}.")
+        return self.parts[number - 1]
+
+    def _grade(self, part, share):
+        part.share = share
+        if part.kind in ("question", "derive"):
+            repetition.note(part.id, share >= 0.75)
+        return share
+
+
+def mock(level: str = "senior", language: str = "en", minutes: int = 30, seed: int = 0) -> Mock:
+    """A mock interview of about this many minutes; the same seed draws the same one.
+
+    One coding task, one silent bug, one derivation and two drills; questions fill the rest.
+    Questions that are due for repetition come first. Raises ValueError for an unknown level or
+    language, and for fewer than 20 minutes.
+    """
+    require(level in LEVELS, f"level={shown(level)} is none of {', '.join(LEVELS)}.")
+    require(language in LANGUAGES, f'language={shown(language)} is neither "en" nor "zh".')
+    require(minutes >= 20, f"{minutes} minutes are too few; an interview takes at least 20.")
+    rng = random.Random(seed)
+    bank = raw_bank()
+    easy_enough = LEVELS[: LEVELS.index(level) + 1]
+    chosen = Mock(level, language, minutes)
+    tasks = [task for task in coding_tasks() if task.level in easy_enough and task.minutes <= 15]
+    bugs = [bug for bug in load_bugs(language) if bug["level"] in easy_enough]
+    derivations = [row for row in bank if row["kind"] == "derive" and row["level"] in easy_enough]
+    last = [_coding(rng.choice(tasks), language), _bug(rng.choice(bugs), language)]
+    last += [_question(rng.choice(derivations), language)]
+    kinds = rng.sample([kind for kind in KINDS if not kind.endswith("_step")], 2)
+    last += [_drill(kind, rng.randrange(10**6), language) for kind in kinds]
+
+    waiting = repetition.due()
+    rows = [row for row in bank if row["level"] == level and row["kind"] != "derive"]
+    rng.shuffle(rows)
+    rows.sort(key=lambda row: row["id"] not in waiting)
+    left = minutes - sum(part.minutes for part in last)
+    for row in rows:
+        if row["minutes"] <= left:
+            chosen.parts.append(_question(row, language))
+            left -= row["minutes"]
+    chosen.parts += last
+    return chosen
+
+
+def _question(raw, language):
+    row = filled_in(raw, language)  # numbers are looked up for what is asked alone
+    kind = "derive" if row["kind"] == "derive" else "question"
+    solution = f"{row['short']}\n\n{row['answer']}"
+    return Part(kind, row["id"], row["chapter"], row["minutes"], row["question"], solution,
+                row["rubric"], row)  # fmt: skip
+
+
+def _drill(kind, seed, language):
+    drill = draw(seed, kind)
+    return Part("drill", kind, "drills", DRILL_MINUTES, drill.question[language],
+                drill.steps[language], [], drill)  # fmt: skip
+
+
+def _coding(task, language):
+    text = f"{task.text[language]}\n\n```python\n{task.starter}\n```"
+    return Part("code", task.name, task.exercise[:2], task.minutes, text, "", [], task)
+
+
+def _bug(bug, language):
+    text = f"{bug['symptom']}\n\n```python\n{bug['program']}\n```"
+    solution = f"`{bug['wrong'].strip()}` → `{bug['right'].strip()}`\n\n{bug['explanation']}"
+    return Part("bug", bug["id"], bug["chapter"], bug["minutes"], text, solution,
+                BUG_RUBRIC[language], bug)  # fmt: skip
+
+
+def report(interview: Mock) -> str:
+    """What an interview says about each chapter, in Markdown."""
+    lesson = {
+        row["chapter"]: row["evidence"] for row in raw_bank() if "notebook" in row["evidence"]
+    }
+    words = {"en": ("Chapter", "Points", "Read again", "Not graded yet", "Cards due"),
+             "zh": ("章节", "得分", "复习", "未评分", "到期卡片")}[interview.language]  # fmt: skip
+    lines = [f"| {words[0]} | {words[1]} | {words[2]} |", "|---|---|---|"]
+    for chapter, (points, parts) in sorted(interview.chapters().items()):
+        notebook = lesson.get(chapter, {}).get("notebook", "").removeprefix("deeper/")
+        again = f"[{chapter}]({notebook})" if notebook and points < 0.75 * parts else ""
+        lines.append(f"| {chapter} | {points:.1f} / {parts} | {again} |")
+    waiting = [str(i) for i, part in enumerate(interview.parts, start=1) if part.share is None]
+    lines += ["", f"{words[3]}: {', '.join(waiting) or '-'}. {words[4]}: {len(repetition.due())}."]
+    return "\n".join(lines)
