@@ -147,7 +147,8 @@ def mock(level: str = "senior", language: str = "en", minutes: int = 30, seed: i
     bank = raw_bank()
     easy_enough = LEVELS[: LEVELS.index(level) + 1]
     chosen = Mock(level, language, minutes)
-    tasks = [task for task in coding_tasks() if task.level in easy_enough and task.minutes <= 15]
+    codable = LEVELS[: LEVELS.index(level) + 2]  # the easiest coding tasks are at senior level
+    tasks = [task for task in coding_tasks() if task.level in codable and task.minutes <= 15]
     bugs = [bug for bug in load_bugs(language) if bug["level"] in easy_enough]
     derivations = [row for row in bank if row["kind"] == "derive" and row["level"] in easy_enough]
     last = [_coding(rng.choice(tasks), language), _bug(rng.choice(bugs), language)]
