@@ -171,3 +171,91 @@ def test_notebook_11_runs_all_cells_in_jupyterlab(lab, browser, tmp_path):
     assert not errors, errors
     assert all(cell["execution_count"] for cell in code_cells()), "a cell was not run"
     assert any("image/png" in output.get("data", {}) for output in outputs)
+
+
+def type_into(browser, element, text):
+    """Set the value of a widget's field, as typing does."""
+    script = """
+        const [field, text] = arguments, kind = Object.getPrototypeOf(field);
+        Object.getOwnPropertyDescriptor(kind, "value").set.call(field, text);
+        for (const name of ["input", "change"])
+            field.dispatchEvent(new Event(name, {bubbles: true}));
+    """
+    browser.execute_script(script, element, text)
+
+
+@pytest.mark.browser
+def test_a_mock_interview_is_taken_in_both_languages(lab, browser, tmp_path, monkeypatch):
+    """Each part gets a wrong and a right answer; what the widgets say is what the package says."""
+    import nbformat
+    from exercise_cells import answers
+    from selenium.webdriver.common.by import By
+
+    from minipeft.interview.mock import mock
+    from minipeft.interview.widgets import WORDS
+
+    monkeypatch.setenv("MINIPEFT_CARDS", str(tmp_path / "cards.json"))
+    address, course = lab
+    for language in ("en", "zh"):
+        source = (
+            f"import os\nos.environ['MINIPEFT_CARDS'] = {str(tmp_path / language)!r}\n"
+            "from minipeft.interview.mock import mock\n"
+            "from minipeft.interview.widgets import show\n"
+            f"show(mock('senior', {language!r}, minutes=30, seed=4))"
+        )
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+        nbformat.write(notebook, course / f"mock_{language}.ipynb")
+        browser.get(f"{address}/lab/tree/mock_{language}.ipynb?token=letmein&reset")
+        wait_for(
+            lambda: browser.find_elements(By.CSS_SELECTOR, ".jp-CodeCell"), 120, "the notebook"
+        )
+        time.sleep(5)
+        click(browser, "Run", ".lm-MenuBar-itemLabel")
+        click(browser, "Run All Cells", ".lm-Menu-itemLabel")
+        words, parts = WORDS[language], mock("senior", language, minutes=30, seed=4).parts
+
+        def find(selector):
+            found = browser.find_elements(By.CSS_SELECTOR, f".jp-OutputArea-output {selector}")
+            return [each for each in found if each.is_displayed()]
+
+        def press(text, find=find):
+            (button,) = [each for each in find("button") if each.text.strip() == text]
+            browser.execute_script("arguments[0].click()", button)
+
+        def says(text, find=find):
+            wait_for(lambda: any(text in each.text for each in find(".widget-html")), 60, text)
+
+        wait_for(lambda: find("button"), 120, "the interview")
+        says(f"1 / {len(parts)}")
+        for number, part in enumerate(parts, start=1):
+            says(f"{number} / {len(parts)}")
+            if part.rubric:
+                press(words["reveal"])
+                wait_for(lambda: find("input[type=checkbox]"), 60, "the rubric")
+                press(words["grade"])
+                says("0 %")
+                for box in find("input[type=checkbox]"):
+                    browser.execute_script("arguments[0].click()", box)
+                time.sleep(1)
+                press(words["grade"])
+                says("100 %")
+            elif part.kind == "drill":
+                for value, said in ((-1, "wrong"), (part.item.answer, "right")):
+                    type_into(browser, find("input[type=text]")[0], str(value))
+                    time.sleep(1)
+                    press(words["grade"])
+                    says(words[said])
+            else:
+                press(words["check"])
+                says("Not yet right")
+                known = answers("right", part.item.exercise)
+                right = next(source for check, source in known if check == part.item.name)
+                type_into(browser, find("textarea")[0], right)
+                time.sleep(1)
+                press(words["check"])
+                says(f"{part.item.name}: right.")
+            browser.save_screenshot(str(tmp_path / f"{language}-{number}.png"))
+            press(words["next"])
+        press(words["report"])
+        wait_for(lambda: find("table"), 60, "the report")
+        browser.save_screenshot(str(tmp_path / f"{language}-report.png"))

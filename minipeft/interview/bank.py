@@ -26,14 +26,18 @@ def load_bank(
     rubric (a list), follow_ups (ids), wrong (the usual wrong answer), why_wrong, evidence, status,
     limits, and values ({name: number}).
     chapter ("04"), level, kind and search (words that must all occur) choose among them.
-    Raises ValueError for a language, level or kind that does not exist.
+    Raises ValueError for a language, chapter, level or kind that does not exist.
     """
     require(language in LANGUAGES, f'language={shown(language)} is neither "en" nor "zh".')
     for name, value, known in (("level", level, LEVELS), ("kind", kind, KINDS)):
         require(not value or value in known, f"{name}={shown(value)} is none of {shown(known)}.")
+    rows = raw_bank()
+    chapters = sorted({row["chapter"] for row in rows})
+    require(chapter in ("", *chapters), f"chapter={shown(chapter)} is none of {shown(chapters)}.")
+    require(isinstance(search, str), f"search={shown(search)} is no text.")
     words = search.casefold().split()
     found = []
-    for row in raw_bank():
+    for row in rows:
         text = f"{row['question'][language]} {row['answer'][language]}".casefold()
         if (
             chapter in ("", row["chapter"])

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from minipeft.exercises import FOLDER, load_checks
 from minipeft.refusals import require
 
-LEVELS = {"1": "junior", "2": "senior", "3": "research"}
+LEVEL_OF = {"1": "junior", "2": "senior", "3": "research"}
 # (exercise, check): what is asked, in Chinese. The exercise has it in English.
 ASKED = {
     ("01_tokens_and_padding", "position_ids"): "由注意力掩码算出位置编号，左填充和右填充都要对。",
@@ -84,7 +84,7 @@ def _task(exercise, name, chinese):
     ]
     english = "\n\n".join(titles)
     return Task(
-        exercise, name, found[-1][1], LEVELS[max(each[3] for each in found)],
+        exercise, name, found[-1][1], LEVEL_OF[max(each[3] for each in found)],
         sum(int(each[2]) for each in found),
         {"en": english, "zh": f"**{chinese}**\n\n{english}"},
         "\n\n\n".join(cells[i] for i in places), call, getattr(load_checks(exercise), name),

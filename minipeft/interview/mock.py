@@ -3,8 +3,8 @@
     interview = mock("senior", "en", minutes=30, seed=1)
     interview                      # the parts, with their minutes
     interview.ask(1); interview.reveal(1); interview.tick(1, [1, 3])
-    interview.answer(4, 12.5)      # a drill
-    interview.code(6, my_function) # a coding task
+    interview.code(4, my_function) # the coding task
+    interview.answer(7, 12.5)      # a drill
     interview.report()
 
 `show` of minipeft.interview.widgets does the same with buttons and a countdown.
@@ -19,7 +19,8 @@ from minipeft.interview import repetition
 from minipeft.interview.bank import LANGUAGES, LEVELS, filled_in, raw_bank
 from minipeft.interview.bugs import load_bugs
 from minipeft.interview.coding import coding_tasks
-from minipeft.interview.drills import KINDS, draw
+from minipeft.interview.drills import WHITEBOARD, draw
+from minipeft.interview.values import REPOSITORY
 from minipeft.refusals import require, shown
 
 DRILL_MINUTES = 3
@@ -47,6 +48,7 @@ class Part:
     rubric: list[str]
     item: Any
     share: float | None = None  # of its points, once it is graded
+    noted: bool = False  # whether its card has been moved
 
 
 @dataclass
@@ -65,11 +67,11 @@ class Mock:
         return "\n".join([*lines, f"    {sum(part.minutes for part in self.parts)} min"])
 
     def ask(self, number: int) -> str:
-        """The text of a part, in Markdown."""
+        """The text of a part, in Markdown. Raises ValueError for a part that does not exist."""
         return self._part(number).text
 
     def reveal(self, number: int) -> str:
-        """The answer of a part and its rubric, in Markdown."""
+        """The answer of a part and its rubric, in Markdown. Raises ValueError as `ask` does."""
         part = self._part(number)
         points = "\n".join(f"{i}. {point}" for i, point in enumerate(part.rubric, start=1))
         return f"{part.solution}\n\n{points}".strip()
@@ -82,6 +84,7 @@ class Mock:
         part = self._part(number)
         require(part.rubric, f"Part {number} has no rubric; use answer or code for it.")
         known = range(1, len(part.rubric) + 1)
+        require(isinstance(points, (list, tuple, set)), "points is a list, as [1, 3] or [].")
         wrong = [point for point in points if point not in known]
         require(
             not wrong, f"The rubric has the points 1 to {len(part.rubric)}, not {shown(wrong)}."
@@ -101,6 +104,9 @@ class Mock:
         """
         part = self._part(number)
         require(part.kind == "code", f"Part {number} is no coding task.")
+        names = part.item.call.partition("(")[2].rstrip(")")
+        given = len(answer) == names.count(",") + 1
+        require(given, f"Part {number} is graded by code({number}, {names}).")
         try:
             part.item.check(*answer)
         except AssertionError as mistake:
@@ -119,45 +125,55 @@ class Mock:
 
     def report(self) -> str:
         """Points by chapter with links to the lessons, and the cards that are due, in Markdown."""
-        return report(self)
+        return _report(self)
 
     def _part(self, number):
         count = len(self.parts)
-        require(number in range(1, count + 1), f"There are the parts 1 to {count}, not {number!r}.")
+        known = isinstance(number, int) and 1 <= number <= count
+        require(known, f"There are the parts 1 to {count}, not {shown(number)}.")
         return self.parts[number - 1]
 
     def _grade(self, part, share):
         part.share = share
-        if part.kind in ("question", "derive"):
+        if part.kind in ("question", "derive") and not part.noted:  # the first grade counts
             repetition.note(part.id, share >= 0.75)
+            part.noted = True
         return share
 
 
 def mock(level: str = "senior", language: str = "en", minutes: int = 30, seed: int = 0) -> Mock:
-    """A mock interview of about this many minutes; the same seed draws the same one.
+    """A mock interview of at most this many minutes.
 
-    One coding task, one silent bug, one derivation and two drills; questions fill the rest.
-    Questions that are due for repetition come first. Raises ValueError for an unknown level or
-    language, and for fewer than 20 minutes.
+    One coding task of at most a third of the time, one silent bug, one derivation, two drills, and
+    questions for the rest. Cards that are due come first, at any level; the same seed and the same
+    due cards draw the same interview. Raises ValueError for an unknown level or language, and for
+    minutes that are not a whole number from 30 to 180.
     """
     require(level in LEVELS, f"level={shown(level)} is none of {', '.join(LEVELS)}.")
     require(language in LANGUAGES, f'language={shown(language)} is neither "en" nor "zh".')
-    require(minutes >= 20, f"{minutes} minutes are too few; an interview takes at least 20.")
+    fits = isinstance(minutes, int) and 30 <= minutes <= 180
+    require(fits, f"minutes={shown(minutes)} is no whole number from 30 to 180.")
     rng = random.Random(seed)
     bank = raw_bank()
     easy_enough = LEVELS[: LEVELS.index(level) + 1]
     chosen = Mock(level, language, minutes)
     codable = LEVELS[: LEVELS.index(level) + 2]  # the easiest coding tasks are at senior level
-    tasks = [task for task in coding_tasks() if task.level in codable and task.minutes <= 15]
+    tasks = [task for task in coding_tasks() if task.level in codable]
+    tasks = [task for task in tasks if task.minutes <= min(15, minutes // 3)]
     bugs = [bug for bug in load_bugs(language) if bug["level"] in easy_enough]
-    derivations = [row for row in bank if row["kind"] == "derive" and row["level"] in easy_enough]
+    bugs = [bug for bug in bugs if bug["minutes"] <= 4]
+    waiting = repetition.due()
+    derivations = [row for row in bank if row["kind"] == "derive" and row["minutes"] <= 6]
+    derivations = [row for row in derivations if row["id"] in waiting] or [
+        row for row in derivations if row["level"] in easy_enough
+    ]
     last = [_coding(rng.choice(tasks), language), _bug(rng.choice(bugs), language)]
     last += [_question(rng.choice(derivations), language)]
-    kinds = rng.sample([kind for kind in KINDS if not kind.endswith("_step")], 2)
+    kinds = rng.sample(WHITEBOARD, 2)
     last += [_drill(kind, rng.randrange(10**6), language) for kind in kinds]
 
-    waiting = repetition.due()
-    rows = [row for row in bank if row["level"] == level and row["kind"] != "derive"]
+    rows = [row for row in bank if row["kind"] != "derive"]
+    rows = [row for row in rows if row["level"] == level or row["id"] in waiting]
     rng.shuffle(rows)
     rows.sort(key=lambda row: row["id"] not in waiting)
     left = minutes - sum(part.minutes for part in last)
@@ -185,27 +201,27 @@ def _drill(kind, seed, language):
 
 def _coding(task, language):
     text = f"{task.text[language]}\n\n```python\n{task.starter}\n```"
-    return Part("code", task.name, task.exercise[:2], task.minutes, text, "", [], task)
+    solution = f"`solutions/{task.exercise}.ipynb`"
+    return Part("code", task.name, task.exercise[:2], task.minutes, text, solution, [], task)
 
 
 def _bug(bug, language):
-    text = f"{bug['symptom']}\n\n```python\n{bug['program']}\n```"
-    solution = f"`{bug['wrong'].strip()}` → `{bug['right'].strip()}`\n\n{bug['explanation']}"
-    return Part("bug", bug["id"], bug["chapter"], bug["minutes"], text, solution,
+    asked = f"{bug['symptom']}\n\n```python\n{bug['program']}\n```"
+    changes = (("-", bug["wrong"]), ("+", bug["right"]))
+    lines = [f"{sign} {line}" for sign, text in changes for line in text.splitlines()]
+    solution = "\n".join(["```diff", *lines, "```", "", bug["explanation"]])
+    return Part("bug", bug["id"], bug["chapter"], bug["minutes"], asked, solution,
                 BUG_RUBRIC[language], bug)  # fmt: skip
 
 
-def report(interview: Mock) -> str:
-    """What an interview says about each chapter, in Markdown."""
-    lesson = {
-        row["chapter"]: row["evidence"] for row in raw_bank() if "notebook" in row["evidence"]
-    }
+def _report(interview):
+    lessons = {path.name[:2]: path.name for path in (REPOSITORY / "notebooks").glob("*.ipynb")}
     words = {"en": ("Chapter", "Points", "Read again", "Not graded yet", "Cards due"),
              "zh": ("章节", "得分", "复习", "未评分", "到期卡片")}[interview.language]  # fmt: skip
     lines = [f"| {words[0]} | {words[1]} | {words[2]} |", "|---|---|---|"]
     for chapter, (points, parts) in sorted(interview.chapters().items()):
-        notebook = lesson.get(chapter, {}).get("notebook", "").removeprefix("deeper/")
-        again = f"[{chapter}]({notebook})" if notebook and points < 0.75 * parts else ""
+        weak = chapter in lessons and points < 0.75 * parts
+        again = f"[{chapter}]({lessons[chapter]})" if weak else ""
         lines.append(f"| {chapter} | {points:.1f} / {parts} | {again} |")
     waiting = [str(i) for i, part in enumerate(interview.parts, start=1) if part.share is None]
     lines += ["", f"{words[3]}: {', '.join(waiting) or '-'}. {words[4]}: {len(repetition.due())}."]

@@ -1,6 +1,7 @@
 """Spaced repetition with boxes: a right answer moves a card up, a wrong one back to the first.
 
-The file is interview_cards.json beside the notebooks; MINIPEFT_CARDS names another one.
+A new card is due the next day. The file is interview_cards.json in the folder of the course;
+MINIPEFT_CARDS names another one.
 """
 
 import contextlib

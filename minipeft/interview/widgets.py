@@ -1,6 +1,7 @@
 """A mock interview as widgets: one part at a time, a countdown, and buttons."""
 
 import contextlib
+import html
 import io
 import threading
 import time
@@ -127,8 +128,7 @@ def _drill(interview, number, words, said):
         steps.children = [_markdown(interview.parts[number - 1].solution)]
 
     grade.on_click(answer)
-    unit = widgets.Label(interview.parts[number - 1].item.unit)
-    return [widgets.HBox([field, unit, grade]), steps]
+    return [widgets.HBox([field, grade]), steps]
 
 
 def _code(interview, number, words, said):
@@ -144,7 +144,7 @@ def _code(interview, number, words, said):
                 interview.code(number, *task.answer_in(space))
             except Exception as error:
                 print(f"{type(error).__name__}: {error}")
-        said.value = f"<pre>{printed.getvalue()}</pre>"
+        said.value = f"<pre>{html.escape(printed.getvalue())}</pre>"
 
     check.on_click(run)
     return [editor, check]

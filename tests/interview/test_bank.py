@@ -139,5 +139,9 @@ def test_the_bank_can_be_searched():
     assert some and len(some) < len(ROWS)
     with pytest.raises(ValueError, match='neither "en" nor "zh"'):
         load_bank("de")
-    with pytest.raises(ValueError, match="level='expert'"):
-        load_bank(level="expert")
+    for wrong, said in (
+        ({"level": "expert"}, "level='expert'"), ({"chapter": "4"}, "chapter='4'"),
+        ({"search": 3}, "search=3"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            load_bank(**wrong)

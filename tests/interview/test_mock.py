@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import re
 
 import pytest
 
@@ -9,6 +10,7 @@ from minipeft.interview import repetition
 from minipeft.interview.bank import LANGUAGES, LEVELS
 from minipeft.interview.coding import ASKED, coding_tasks
 from minipeft.interview.mock import mock
+from minipeft.interview.values import REPOSITORY
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +29,10 @@ def test_an_interview_has_its_parts_in_its_time(level, language):
     assert all(kinds.count(kind) == 1 for kind in ("code", "bug", "derive"))
     assert kinds.count("question") >= 2
     assert 35 <= sum(part.minutes for part in interview.parts) <= 45
+    for seed in range(20):
+        half = mock(level, language, minutes=30, seed=seed)
+        assert [part.kind for part in half.parts].count("question") >= 1
+        assert sum(part.minutes for part in half.parts) <= 30
     assert repr(interview) == repr(mock(level, language, minutes=45, seed=1))
     texts = [interview.ask(i) for i in range(1, len(kinds) + 1)]
     assert len(set(texts)) == len(texts)
@@ -46,10 +52,13 @@ def test_each_kind_is_graded_right_and_wrong(capsys, cards):
     assert "Not yet right:" in capsys.readouterr().out
     report = interview.report()
     assert "| drills | 0.0 / 1 |" in report and "Not graded yet" in report
-    assert list(json.loads(cards.read_text())) == [interview.parts[question - 1].id]
+    (card,) = json.loads(cards.read_text()).items()
+    assert card[0] == interview.parts[question - 1].id and card[1]["box"] == 0  # grades count once
+    assert interview.reveal(code) == f"`solutions/{interview.parts[code - 1].item.exercise}.ipynb`"
     for call in (lambda: interview.tick(drill, [1]), lambda: interview.answer(question, 1),
                  lambda: interview.code(drill, 1), lambda: interview.tick(question, [99]),
-                 lambda: interview.ask(99), lambda: interview.ask(0)):  # fmt: skip
+                 lambda: interview.ask(99), lambda: interview.ask(0), lambda: interview.ask(1.0),
+                 lambda: interview.tick(question, 1), lambda: interview.code(code)):  # fmt: skip
         with pytest.raises(ValueError, match=r"\w+ .*\."):
             call()
 
@@ -71,7 +80,8 @@ def test_what_cannot_be_drawn_is_refused():
     for arguments, said in (
         (("expert",), "level='expert'"),
         (("senior", "de"), 'neither "en" nor "zh"'),
-        (("senior", "en", 5), "5 minutes are too few"),
+        (("senior", "en", 5), "minutes=5 is no whole number from 30 to 180"),
+        (("senior", "en", "45"), "minutes='45'"),
     ):
         with pytest.raises(ValueError, match=said):
             mock(*arguments)
@@ -98,8 +108,23 @@ def test_a_broken_file_of_cards_is_an_empty_one(cards, text):
 
 def test_cards_that_are_due_come_first():
     day = datetime.date.today() - datetime.timedelta(9)
-    wanted = [part for part in mock("senior", "en", 45, seed=5).parts if part.kind == "question"][
-        -1
-    ]
+    parts = mock("senior", "en", 45, seed=5).parts
+    wanted = [part for part in parts if part.kind == "question"][-1]
     repetition.note(wanted.id, False, day)
-    assert mock("senior", "en", 45, seed=6).parts[0].id == wanted.id
+    (derived,) = [part for part in parts if part.kind == "derive"]
+    repetition.note(derived.id, False, day)
+    for level in LEVELS:
+        ids = [part.id for part in mock(level, "en", 45, seed=6).parts]
+        assert ids[0] == wanted.id and derived.id in ids
+
+
+def test_a_weak_chapter_is_linked_to_its_lesson():
+    interview = mock("senior", "en", 45, seed=7)
+    for number, part in enumerate(interview.parts, start=1):
+        if part.rubric:
+            interview.tick(number, [])
+    chapters = {part.chapter for part in interview.parts if part.rubric} - {"outside"}
+    for link in re.findall(r"\]\((.*?)\)", interview.report()):
+        assert (REPOSITORY / "notebooks" / link).is_file()
+        chapters.discard(link[:2])
+    assert not chapters

@@ -51,4 +51,22 @@ def pack(rows):
     return ids[None], labels[None], positions[None], mask.expand(1, 1, -1, -1)
 """,
     ),
+    (
+        "pack",
+        """
+import torch
+
+def pack(rows):
+    texts = [torch.full((len(ids),), k) for k, (ids, _) in enumerate(rows)]
+    text = torch.cat(texts)
+    labels = []
+    for ids, row in rows:
+        labels += row if not labels else [-100, *row[1:]]
+    order = torch.arange(len(text))
+    mask = (text[:, None] == text) & (order[:, None] >= order)
+    positions = torch.cat([torch.arange(len(t)) for t in texts])
+    ids = torch.tensor(sum((ids for ids, _ in rows), []))
+    return ids[None], torch.tensor(labels)[None], positions[None], mask[None, None]
+""",
+    ),
 ]

@@ -25,11 +25,11 @@ def lora_parameters(rng: random.Random) -> Drill:
         {"en": f"{name}: hidden size {h}, {layers} layers, keys and values {kv} wide. How many million "
                f"trainable parameters has LoRA with r = {r} on queries and values?",
          "zh": f"{name}：隐藏维 {h}，{layers} 层，键和值的宽度为 {kv}。在 query 和 value 上用 r = {r} 的 LoRA，"
-               "可训练参数有多少百万？"},
+               "可训练参数是多少 M？"},
         answer, "million",
         {"en": f"r(in + out) for each matrix: {layers} x {r} x (({h} + {h}) + ({h} + {kv})) = "
                f"{answer:.3f} million.",
-         "zh": f"每个矩阵 r(in + out)：{layers} × {r} × (({h} + {h}) + ({h} + {kv})) = {answer:.3f} 百万。"},
+         "zh": f"每个矩阵 r(in + out)：{layers} × {r} × (({h} + {h}) + ({h} + {kv})) = {answer:.3f} M。"},
     )  # fmt: skip
 
 
@@ -43,12 +43,12 @@ def lora_everywhere(rng: random.Random) -> Drill:
                f"{inner}. LoRA with r = {r} on q, k, v, o, gate, up and down: how many million "
                "trainable parameters?",
          "zh": f"{name}：隐藏维 {h}，{layers} 层，键和值的宽度为 {kv}，MLP 中间维 {inner}。在 q、k、v、o、gate、up、"
-               f"down 上都用 r = {r} 的 LoRA，可训练参数有多少百万？"},
+               f"down 上都用 r = {r} 的 LoRA，可训练参数是多少 M？"},
         answer, "million",
         {"en": f"Attention r x {attention:,}, MLP r x 3 x ({h} + {inner}) = r x {mlp:,}; times "
                f"{layers} layers and r = {r}: {answer:.2f} million.",
          "zh": f"注意力 r × {attention:,}，MLP r × 3 × ({h} + {inner}) = r × {mlp:,}；乘以 {layers} 层和 "
-               f"r = {r}：{answer:.2f} 百万。"},
+               f"r = {r}：{answer:.2f} M。"},
     )  # fmt: skip
 
 
@@ -76,11 +76,11 @@ def prefix_parameters(rng: random.Random) -> Drill:
     return Drill(
         {"en": f"{name}: hidden size {h}, {layers} layers, keys and values {kv} wide. How many million "
                f"parameters has a prefix of {n} virtual tokens, without a projection?",
-         "zh": f"{name}：隐藏维 {h}，{layers} 层，键和值的宽度为 {kv}。{n} 个虚拟词元的 prefix（不带投影）有多少百万"
-               "参数？"},
+         "zh": f"{name}：隐藏维 {h}，{layers} 层，键和值的宽度为 {kv}。{n} 个虚拟词元的 prefix（不带投影）是多少 M"
+               "个参数？"},
         answer, "million",
         {"en": f"A key and a value per layer: {n} x {layers} x 2 x {kv} = {answer:.3f} million.",
-         "zh": f"每层一个键、一个值：{n} × {layers} × 2 × {kv} = {answer:.3f} 百万。"},
+         "zh": f"每层一个键、一个值：{n} × {layers} × 2 × {kv} = {answer:.3f} M。"},
     )  # fmt: skip
 
 
@@ -106,10 +106,10 @@ def adapter_parameters(rng: random.Random) -> Drill:
         {"en": f"{name}: hidden size {h}, {layers} layers. Houlsby's adapters of bottleneck {m}, two in "
                "each block, with biases: how many million parameters?",
          "zh": f"{name}：隐藏维 {h}，{layers} 层。按 Houlsby 的方式每个 block 放两个瓶颈为 {m} 的 adapter（带偏置）："
-               "共多少百万参数？"},
+               "共多少 M 个参数？"},
         answer, "million",
         {"en": f"2hm + h + m = {2 * h * m + h + m:,} each, x 2 x {layers} = {answer:.3f} million.",
-         "zh": f"每个 2hm + h + m = {2 * h * m + h + m:,}，× 2 × {layers} = {answer:.3f} 百万。"},
+         "zh": f"每个 2hm + h + m = {2 * h * m + h + m:,}，× 2 × {layers} = {answer:.3f} M。"},
     )  # fmt: skip
 
 
@@ -125,12 +125,12 @@ def model_parameters(rng: random.Random) -> Drill:
         {"en": f"A Llama-like model: hidden size {h}, {layers} layers, keys and values {kv} wide, inner "
                f"size {inner}, vocabulary {vocab:,}, head {head_en}. How many million parameters?",
          "zh": f"一个 Llama 结构的模型：隐藏维 {h}，{layers} 层，键和值的宽度为 {kv}，MLP 中间维 {inner}，词表 {vocab:,}，"
-               f"输出层{head_zh}。共多少百万参数？"},
+               f"输出层{head_zh}。共多少 M 个参数？"},
         answer, "million",
         {"en": f"A block has 2h^2 + 2h x {kv} + 3h x {inner} + 2h = {block:,}; {layers} blocks, and the "
                f"embedding {'once' if tied else 'twice'}: {answer:,.0f} million ({name}).",
          "zh": f"一个 block 有 2h^2 + 2h × {kv} + 3h × {inner} + 2h = {block:,} 个；{layers} 个 block，加上"
-               f"{'一份' if tied else '两份'}词嵌入大小的矩阵：{answer:,.0f} 百万（{name}）。"},
+               f"{'一份' if tied else '两份'}词嵌入大小的矩阵：{answer:,.0f} M（{name}）。"},
     )  # fmt: skip
 
 

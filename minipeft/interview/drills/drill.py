@@ -1,6 +1,7 @@
 """One numeric question, in English and Chinese."""
 
 import math
+import re
 from typing import NamedTuple
 
 from minipeft.refusals import require, shown
@@ -23,10 +24,13 @@ class Drill(NamedTuple):
     def right(self, answer: float | str) -> bool:
         """Whether an answer is within 10 % of the right one. Accepts numbers and "1,200".
 
-        Raises ValueError for what is no number.
+        Raises ValueError for what is no number, as "12,5".
         """
+        text = str(answer).strip()
+        if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?", text):
+            text = text.replace(",", "")
         try:
-            number = float(str(answer).replace(",", ""))
+            number = float(text)
         except ValueError:
             number = math.nan
         require(math.isfinite(number), f"{shown(answer)} is no number; answer like 12.5 or 1,200.")

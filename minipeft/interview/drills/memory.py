@@ -29,10 +29,10 @@ def states(rng: random.Random) -> Drill:
     recipe, size, en, zh = rng.choice([
         ("pure bfloat16", 8, "2 + 2 + 2 + 2", "2 + 2 + 2 + 2"),
         ("float32", 16, "4 + 4 + 4 + 4", "4 + 4 + 4 + 4"),
-        ("mixed precision with float32 master weights", 16, "2 + 2 + 4 + 4 + 4", "2 + 2 + 4 + 4 + 4"),
+        ("mixed precision (16-bit weights and gradients, float32 master weights)", 16, "2 + 2 + 4 + 4 + 4", "2 + 2 + 4 + 4 + 4"),
     ])  # fmt: skip
     recipe_zh = {"pure bfloat16": "全程 bfloat16", "float32": "float32"}.get(
-        recipe, "混合精度（另存 float32 主权重）"
+        recipe, "混合精度（16 位权重和梯度，另存 float32 主权重）"
     )
     answer = SIZES[name] * size
     return Drill(
@@ -46,50 +46,62 @@ def states(rng: random.Random) -> Drill:
     )  # fmt: skip
 
 
-def _step(rng, method, **settings):
-    """The peak of a step, by the course's `estimate`."""
-    name = rng.choice(LARGE)
+def _lora_step(rng, r, **settings):
+    """(the step in words, its shape, tokens, the peak by `estimate`) of LoRA on all linear layers."""
+    name, r = rng.choice(LARGE), rng.choice(r)
     batch, seq = rng.choice([1, 2, 4]), rng.choice([512, 1024, 2048])
-    answer = estimate_gib(name, method, batch=batch, seq=seq, dtype="bfloat16", **settings)
-    return name, batch, seq, answer
+    answer = estimate_gib(
+        name, "lora", r=r, targets="all", batch=batch, seq=seq, dtype="bfloat16", **settings
+    )
+    shape = shape_of(name)
+    words = {
+        "en": f"{name} ({shape.num_hidden_layers} layers, hidden size {shape.hidden_size}, vocabulary "
+              f"{shape.vocab_size:,}), LoRA r = {r} on all linear layers with AdamW, {batch} x "
+              f"{seq:,} tokens, fused attention",
+        "zh": f"{name}（{shape.num_hidden_layers} 层，隐藏维 {shape.hidden_size}，词表 "
+              f"{shape.vocab_size:,}），所有线性层上 r = {r} 的 LoRA，AdamW，{batch} × {seq:,} 个词元，融合注意力",
+    }  # fmt: skip
+    return words, name, shape, batch * seq, answer
 
 
 def lora_step(rng: random.Random) -> Drill:
     """A LoRA step without checkpointing: activations decide."""
-    r = rng.choice([8, 16, 64])
-    name, batch, seq, answer = _step(rng, "lora", r=r, targets="all")
-    base = SIZES[name] * 2e9 / GIB
+    words, name, shape, tokens, answer = _lora_step(rng, [8, 16])
+    base, one = SIZES[name] * 2e9 / GIB, tokens * shape.hidden_size * 2 / GIB
+    width = (answer - base) / shape.num_hidden_layers / one
     return Drill(
-        {"en": f"{name}, LoRA r = {r} on all linear layers, bfloat16 base, {batch} x {seq:,} tokens, "
-               "fused attention, no checkpointing: what is the peak of a training step in GiB?",
-         "zh": f"{name}，所有线性层上 r = {r} 的 LoRA，bfloat16 底座，{batch} × {seq:,} 个词元，"
-               "融合注意力，不用梯度检查点：训练一步的显存峰值是多少 GiB？"},
+        {"en": f"{words['en']}, bfloat16 base, no checkpointing: the peak of a training step in GiB?",
+         "zh": f"{words['zh']}，bfloat16 基座，不用梯度检查点：训练一步的显存峰值是多少 GiB？"},
         answer, "GiB",
-        {"en": f"The frozen base is {base:.1f} GiB, LoRA with its states under 3 GiB. The rest of the "
-               f"{answer:.1f} GiB is activations, which grow with {batch * seq:,} tokens, and logits.",
-         "zh": f"冻结的底座 {base:.1f} GiB，LoRA 及其优化器状态不到 3 GiB。{answer:.1f} GiB 中其余的都是"
-               f"激活（随 {batch * seq:,} 个词元线性增长）和 logits。"},
+        {"en": f"Base {SIZES[name]}e9 x 2 bytes = {base:.1f} GiB. The rest is mostly activations: "
+               f"{tokens:,} tokens x {shape.hidden_size} x 2 bytes = {one:.3f} GiB for each tensor of "
+               f"the hidden size, and about {width:.0f} of them per layer, logits and LoRA's states "
+               f"included. Together {answer:.1f} GiB.",
+         "zh": f"基座 {SIZES[name]}e9 × 2 字节 = {base:.1f} GiB。其余主要是激活：每个隐藏维大小的张量 {tokens:,} × "
+               f"{shape.hidden_size} × 2 字节 = {one:.3f} GiB，每层约相当于 {width:.0f} 个（已含 logits 和 LoRA 的"
+               f"状态）。合计 {answer:.1f} GiB。"},
     )  # fmt: skip
 
 
 def checkpointed_step(rng: random.Random) -> Drill:
     """The same with gradient checkpointing, in bfloat16 or NF4."""
     nf4 = rng.random() < 0.5
-    name, batch, seq, answer = _step(rng, "lora", r=16, targets="all", checkpointing=True, nf4=nf4)
-    shape = shape_of(name)
-    kept = shape.num_hidden_layers * batch * seq * shape.hidden_size * 2 / GIB
-    base_en, base_zh = ("an NF4", "NF4") if nf4 else ("a bfloat16", "bfloat16")
+    words, name, shape, tokens, answer = _lora_step(rng, [16], checkpointing=True, nf4=nf4)
+    kept = shape.num_hidden_layers * tokens * shape.hidden_size * 2 / GIB
+    logits_gib = tokens * shape.vocab_size * 4 / GIB
+    base = SIZES[name] * (0.55 if nf4 else 2) * 1e9 / GIB
+    kind, size = ("NF4", "about 0.55") if nf4 else ("bfloat16", "2")
     return Drill(
-        {"en": f"{name}, LoRA r = 16 on all linear layers over {base_en} base, {batch} x {seq:,} "
-               "tokens, with gradient checkpointing: what is the peak of a step in GiB?",
-         "zh": f"{name}，{base_zh} 底座，所有线性层上 r = 16 的 LoRA，{batch} × {seq:,} 个词元，"
-               "使用梯度检查点：一步的显存峰值是多少 GiB？"},
+        {"en": f"{words['en']}, {kind} base, with gradient checkpointing: the peak of a step in GiB?",
+         "zh": f"{words['zh']}，{kind} 基座，使用梯度检查点：一步的显存峰值是多少 GiB？"},
         answer, "GiB",
-        {"en": f"Only block inputs are kept: {shape.num_hidden_layers} x {batch} x {seq:,} x "
-               f"{shape.hidden_size} x 2 bytes = {kept:.2f} GiB. Base, one block's activations and "
-               f"the logits bring the peak to {answer:.1f} GiB.",
-         "zh": f"只保留每个 block 的输入：{shape.num_hidden_layers} × {batch} × {seq:,} × "
-               f"{shape.hidden_size} × 2 字节 = {kept:.2f} GiB。加上底座、一个 block 的激活和 logits，"
+        {"en": f"Base {SIZES[name]}e9 x {size} bytes = {base:.1f} GiB (embedding and head stay 16 bits). "
+               f"Block inputs {shape.num_hidden_layers} x {tokens:,} x {shape.hidden_size} x 2 bytes = "
+               f"{kept:.2f} GiB. Each float32 tensor of logits {logits_gib:.2f} GiB. With one block's "
+               f"activations and LoRA's states the peak is {answer:.1f} GiB.",
+         "zh": f"基座 {SIZES[name]}e9 × {size.removeprefix('about ')} 字节 = {base:.1f} GiB（词嵌入和输出层仍是 16 位）。"
+               f"各 block 的输入 {shape.num_hidden_layers} × {tokens:,} × {shape.hidden_size} × 2 字节 = "
+               f"{kept:.2f} GiB。每份 float32 logits {logits_gib:.2f} GiB。再加上一个 block 的激活和 LoRA 的状态，"
                f"峰值为 {answer:.1f} GiB。"},
     )  # fmt: skip
 
@@ -117,9 +129,9 @@ def block_activations(rng: random.Random) -> Drill:
     s, b = rng.choice([512, 1024, 2048]), rng.choice([1, 4, 8])
     answer = s * b * h * (34 + 5 * a * s / h) / GIB
     return Drill(
-        {"en": f"A GPT block with hidden size {h}, {a} heads, attention without a fused kernel and "
-               f"16-bit activations: how many GiB does it keep for {b} x {s:,} tokens?",
-         "zh": f"一个 GPT block，隐藏维 {h}，{a} 个头，注意力不用融合 kernel，激活为 16 位："
+        {"en": f"A GPT block with hidden size {h}, {a} heads, dropout, attention without a fused kernel "
+               f"and 16-bit activations: how many GiB does it keep for {b} x {s:,} tokens?",
+         "zh": f"一个 GPT block，隐藏维 {h}，{a} 个头，带 dropout，注意力不用融合 kernel，激活为 16 位："
                f"{b} × {s:,} 个词元要保留多少 GiB 的激活？"},
         answer, "GiB",
         {"en": f"sbh(34 + 5as/h) = {s} x {b} x {h} x (34 + {5 * a * s / h:.0f}) bytes = "
@@ -159,9 +171,9 @@ def zero_rank(rng: random.Random) -> Drill:
     ]
     answer = SIZES[name] * size
     return Drill(
-        {"en": f"Full mixed-precision training of {name} ({SIZES[name]}B) with Adam under ZeRO stage "
-               f"{stage} on {ranks} GPUs: how many GB of states does each GPU hold?",
-         "zh": f"用 Adam 混合精度全量训练 {name}（{SIZES[name]}B），{ranks} 张卡，ZeRO stage {stage}："
+        {"en": f"Full training of {name} ({SIZES[name]}B) with Adam, 16-bit weights and gradients and "
+               f"float32 master weights, ZeRO stage {stage} on {ranks} GPUs: how many GB of states does each GPU hold?",
+         "zh": f"用 Adam 全量训练 {name}（{SIZES[name]}B），16 位权重和梯度，另存 float32 主权重，{ranks} 张卡，ZeRO stage {stage}："
                "每张卡存放的模型状态是多少 GB？"},
         answer, "GB",
         {"en": f"Bytes per parameter: {parts} = {size:.2f}. Times {SIZES[name]}e9 = {answer:.1f} GB.",

@@ -29,16 +29,17 @@ def linear_rate(rng: random.Random) -> Drill:
     total, share = rng.choice([200, 1000, 3000]), rng.choice([3, 5, 10])
     warmup, peak = total * share // 100, rng.choice([1e-4, 2e-4, 1e-3])
     step = rng.choice([warmup // 2, total // 2, total * 9 // 10])
-    factor = step / warmup if step < warmup else (total - step) / (total - warmup)
+    parts = (step, warmup) if step < warmup else (total - step, total - warmup)
+    factor, ratio = parts[0] / parts[1], f"{parts[0]} / {parts[1]}"
     answer = peak * factor * 1e6
     return Drill(
         {"en": f"Linear warm-up over {warmup} steps to {peak:g}, then linear decay to 0 at step {total}. "
                f"What is the learning rate at step {step}, in millionths (1e-6)?",
-         "zh": f"学习率在 {warmup} 步内线性升到 {peak:g}，再线性降到第 {total} 步的 0。第 {step} 步的学习率是多少"
+         "zh": f"学习率在 {warmup} 步内线性升到 {peak:g}，再线性下降，到第 {total} 步降为 0。第 {step} 步的学习率是多少"
                "（以 1e-6 为单位）？"},
         answer, "1e-6",
-        {"en": f"The factor is {factor:.3f}; times {peak:g} = {answer:.1f}e-6.",
-         "zh": f"系数是 {factor:.3f}；乘以 {peak:g} 得 {answer:.1f}e-6。"},
+        {"en": f"The factor is {ratio} = {factor:.3f}; times {peak:g} = {answer:.1f}e-6.",
+         "zh": f"系数是 {ratio} = {factor:.3f}；乘以 {peak:g} 得 {answer:.1f}e-6。"},
     )  # fmt: skip
 
 
@@ -50,7 +51,7 @@ def cosine_rate(rng: random.Random) -> Drill:
     return Drill(
         {"en": f"Cosine decay from {peak:g} at step 0 to 0 at step {total}: the learning rate at step "
                f"{step}, in millionths (1e-6)?",
-         "zh": f"学习率按余弦从第 0 步的 {peak:g} 降到第 {total} 步的 0：第 {step} 步是多少（以 1e-6 为单位）？"},
+         "zh": f"学习率按余弦从第 0 步的 {peak:g} 下降，到第 {total} 步降为 0：第 {step} 步是多少（以 1e-6 为单位）？"},
         answer, "1e-6",
         {"en": f"{peak:g} x (1 + cos(pi x {step}/{total})) / 2 = {answer:.1f}e-6.",
          "zh": f"{peak:g} × (1 + cos(pi × {step}/{total})) / 2 = {answer:.1f}e-6。"},
@@ -115,7 +116,7 @@ def form_loss(rng: random.Random) -> Drill:
                "certain. A model knows this form and guesses the label evenly. Its mean loss in nats "
                "per target token?",
          "zh": f"每行有 {targets} 个目标词元，其中一个是 {classes} 个标签词之一，其余是确定的。模型只知道这种格式，"
-               "对标签均匀瞎猜。每个目标词元的平均损失是多少 nats？"},
+               "对标签均匀地随机猜。每个目标词元的平均损失是多少 nats？"},
         answer, "nats",
         {"en": f"ln({classes}) / {targets} = {answer:.3f} nats.",
          "zh": f"ln({classes}) / {targets} = {answer:.3f} nats。"},
@@ -167,7 +168,7 @@ def half_width(rng: random.Random) -> Drill:
     return Drill(
         {"en": f"A model gets {right} % of {rows:,} test rows right. How wide is the 95 % interval to "
                "each side, in percentage points, counting the rows alone?",
-         "zh": f"模型在 {rows:,} 条测试数据上对了 {right} %。只计测试数据的抽样，95 % 区间每一侧有多宽（百分点）？"},
+         "zh": f"模型在 {rows:,} 条测试数据上对了 {right} %。只计测试数据的抽样，95 % 置信区间每一侧有多宽（百分点）？"},
         answer, "points",
         {"en": f"1.96 x sqrt({share} x {1 - share:.2f} / {rows:,}) = {answer:.2f} points.",
          "zh": f"1.96 × sqrt({share} × {1 - share:.2f} / {rows:,}) = {answer:.2f} 个百分点。"},
@@ -182,7 +183,7 @@ def rows_needed(rng: random.Random) -> Drill:
     return Drill(
         {"en": f"How many test rows make the 95 % interval of an accuracy near {right} % as narrow as "
                f"{points} point(s) to each side?",
-         "zh": f"准确率在 {right} % 左右，要让 95 % 区间每侧只有 {points} 个百分点，需要多少条测试数据？"},
+         "zh": f"准确率在 {right} % 左右，要让 95 % 置信区间每侧只有 {points} 个百分点，需要多少条测试数据？"},
         answer, "rows",
         {"en": f"{share} x {1 - share:.2f} x (1.96 / {points / 100})^2 = {answer:,.0f}.",
          "zh": f"{share} × {1 - share:.2f} × (1.96 / {points / 100})^2 = {answer:,.0f}。"},
@@ -198,7 +199,7 @@ def three_seeds(rng: random.Random) -> Drill:
     return Drill(
         {"en": f"Three seeds score {', '.join(map(str, scores))} %. How wide is the 95 % interval of "
                "their mean to each side, in points (t = 4.303)?",
-         "zh": f"三个随机种子的得分是 {', '.join(map(str, scores))} %。均值的 95 % 区间每侧有多宽（百分点，t = 4.303）？"},
+         "zh": f"三个随机种子的得分是 {', '.join(map(str, scores))} %。均值的 95 % 置信区间每侧有多宽（百分点，t = 4.303）？"},
         answer, "points",
         {"en": f"Standard deviation {spread:.2f} (divided by 2, not 3); 4.303 x {spread:.2f} / sqrt(3) = "
                f"{answer:.2f}.",
