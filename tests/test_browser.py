@@ -129,9 +129,9 @@ def click(browser, text, selector):
 
 
 @pytest.mark.browser
-def test_notebook_11_runs_all_cells_in_jupyterlab(lab, browser, tmp_path):
+def test_notebook_01_runs_all_cells_in_jupyterlab(lab, browser, tmp_path):
     address, course = lab
-    path = course / "notebooks" / "11_lora.ipynb"
+    path = course / "notebooks" / "01_tokens_and_padding.ipynb"
     notebook = json.loads(path.read_text())
     for cell in notebook["cells"]:  # the outputs of the committed run must not pass for new ones
         if cell["cell_type"] == "code":
@@ -144,10 +144,10 @@ def test_notebook_11_runs_all_cells_in_jupyterlab(lab, browser, tmp_path):
 
     def kernel_is(state):
         sessions = json.load(urllib.request.urlopen(f"{address}/api/sessions?token=letmein"))
-        mine = [one for one in sessions if one["path"] == "notebooks/11_lora.ipynb"]
+        mine = [one for one in sessions if one["path"] == "notebooks/01_tokens_and_padding.ipynb"]
         return mine and mine[0]["kernel"]["execution_state"] == state
 
-    browser.get(f"{address}/lab/tree/notebooks/11_lora.ipynb?token=letmein")
+    browser.get(f"{address}/lab/tree/notebooks/01_tokens_and_padding.ipynb?token=letmein")
     wait_for(lambda: kernel_is("idle"), 120, "an idle kernel")
     click(browser, "Run", ".lm-MenuBar-itemLabel")
     click(browser, "Run All Cells", ".lm-Menu-itemLabel")
