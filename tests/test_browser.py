@@ -203,9 +203,11 @@ def test_a_mock_interview_is_taken_in_both_languages(lab, browser, tmp_path, mon
             "from minipeft.interview.widgets import show\n"
             f"show(mock('senior', {language!r}, minutes=30, seed=4))"
         )
-        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+        kernel = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
+        cells = [nbformat.v4.new_code_cell(source)]
+        notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
         nbformat.write(notebook, course / f"mock_{language}.ipynb")
-        browser.get(f"{address}/lab/tree/mock_{language}.ipynb?token=letmein&reset")
+        browser.get(f"{address}/lab/tree/mock_{language}.ipynb?token=letmein")
         wait_for(
             lambda: browser.find_elements(By.CSS_SELECTOR, ".jp-CodeCell"), 120, "the notebook"
         )
