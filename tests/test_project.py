@@ -106,3 +106,12 @@ def test_no_pickle_no_remote_code_no_home_folder():
             found = unsafe.search(path.read_text(encoding="utf-8"))
             if path != Path(__file__):
                 assert not found, f"{path.relative_to(ROOT)}: {found.group()}"
+
+
+def test_an_installation_has_every_folder_of_the_package():
+    listed = set(PYPROJECT["tool"]["setuptools"]["packages"])
+    folders = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for path in (ROOT / "minipeft").rglob("__init__.py")
+    }
+    assert listed == folders | {"minipeft.data"}
