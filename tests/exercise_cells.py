@@ -1,6 +1,7 @@
 """The cells of solutions and exercises, and running them as a kernel would."""
 
 import contextlib
+import functools
 import importlib.util
 import io
 import re
@@ -32,6 +33,42 @@ def markdown(path):
     """All text of a notebook, cell after cell."""
     notebook = nbformat.read(path, as_version=4)
     return "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+
+
+def sections(path):
+    """The texts of a notebook's headings, as a browser shows them."""
+    plain = re.sub(r"```.*?```", "", markdown(path), flags=re.S)
+    found = re.findall(r"^#{1,6} +(.*?) *$", plain, re.M)
+    return [re.sub(r"[`*]", "", line) for line in found]
+
+
+@functools.cache
+def tasks(name):
+    """The tasks of one exercise, each with its answer, its visible check and its hidden test."""
+    cells, found = code_cells("solutions", name), []
+    for i, cell in enumerate(cells):
+        if is_answer(cell):
+            graded = next(each for each in cells[i:] if is_graded(each))
+            visible, rest = graded.source.split("### BEGIN HIDDEN TESTS\n")
+            hidden, after = rest.split("### END HIDDEN TESTS")
+            assert not after.strip(), "nothing follows the hidden tests"
+            found.append(SimpleNamespace(
+                grade_id=cell.metadata.nbgrader.grade_id, source=cell.source,
+                answer=re.sub(r" *### (BEGIN|END) SOLUTION\n?", "", cell.source),
+                visible=visible, hidden=hidden, points=graded.metadata.nbgrader.points,
+                check=re.search(r"^checks\.(\w+)\(", visible, re.M)[1],
+            ))  # fmt: skip
+    return found
+
+
+@functools.cache
+def _solved(name):
+    return run([cell for cell in task_cells("solutions", name) if not is_graded(cell)])
+
+
+def solved(name):
+    """A namespace in which all tasks of an exercise are solved, and none is checked."""
+    return dict(_solved(name))
 
 
 def is_graded(cell):

@@ -30,10 +30,9 @@ def _replacements(node):
     elif isinstance(node, ast.UnaryOp):
         yield "without its sign", node.operand
     elif isinstance(node, ast.BoolOp):
-        for i, value in enumerate(node.values):
+        for i in range(len(node.values)):
             rest = node.values[:i] + node.values[i + 1 :]
             yield "one condition less", rest[0] if len(rest) == 1 else ast.BoolOp(node.op, rest)
-            del value
     elif isinstance(node, ast.IfExp):
         yield "always the first", node.body
         yield "always the second", node.orelse

@@ -13,10 +13,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from chromium import CHROMIUM, DRIVER
 
 ROOT = Path(__file__).resolve().parents[1]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-DRIVER = shutil.which("chromedriver")
 
 
 def wait_for(condition, seconds, what):

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from exercise_cells import sections
 
 from minipeft.claims import VERDICTS, ClaimsTable, anchor, claims_table, load_claims
 
@@ -17,15 +18,6 @@ KEYS = {"number", "verdict", "notebook", "section"} | {
     f"{t}_{x}" for t in TEXTS for x in ("en", "zh")
 }
 EACH = pytest.mark.parametrize("row", ROWS, ids=lambda row: str(row["number"]))
-
-
-def headings(name):
-    """The texts of a notebook's headings, as a browser shows them."""
-    notebook = json.loads((NOTEBOOKS / name).read_text(encoding="utf-8"))
-    markdown = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "markdown"]
-    plain = [re.sub(r"```.*?```", "", text, flags=re.S) for text in markdown]
-    found = [line for text in plain for line in re.findall(r"^#{1,6} +(.*?) *$", text, re.M)]
-    return [re.sub(r"[`*]", "", line) for line in found]
 
 
 def test_all_35_claims_are_there_once_and_in_order():
@@ -64,7 +56,7 @@ def test_chinese_and_latin_text_are_separated(row):
 @EACH
 def test_a_claim_points_to_a_section_that_exists(row):
     assert (NOTEBOOKS / row["notebook"]).is_file(), f"no notebook {row['notebook']}"
-    found = headings(row["notebook"])
+    found = sections(NOTEBOOKS / row["notebook"])
     assert row["section"] in found, f"{row['notebook']} has no {row['section']!r}, but {found}"
     assert found.count(row["section"]) == 1, "the link would lead to the first of several"
 
@@ -135,7 +127,9 @@ def test_text_alone_shows_every_claim_too():
 
 def test_notebook_00_shows_the_file_as_it_is():
     notebook = json.loads((NOTEBOOKS / "00_start_here.ipynb").read_text(encoding="utf-8"))
-    assert headings("00_start_here.ipynb").count("Claims") == 1, "other notebooks link to #Claims"
+    assert sections(NOTEBOOKS / "00_start_here.ipynb").count("Claims") == 1, (
+        "other notebooks link to #Claims"
+    )
     outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
     shown = ["".join(output.get("data", {}).get("text/html", "")) for output in outputs]
     assert claims_table()._repr_html_() in shown, "run notebook 00 again"

@@ -11,26 +11,13 @@ import zipfile
 
 import nbformat
 import pytest
-from exercise_cells import ROOT, code_cells, headings, is_answer, is_graded, wrong_answers
+from exercise_cells import ROOT, code_cells, headings, tasks, wrong_answers
 from make_students_edition import make as make_students_edition
 from nbgrader.api import Gradebook
 
 from make_exercises import make_course, nbgrader, solution_names
 
 exercises = pytest.mark.parametrize("name", solution_names())
-
-
-def tasks(name):
-    """[(grade id of the answer, reference answer, check, points), ...]"""
-    cells, found = code_cells("solutions", name), []
-    for i, cell in enumerate(cells):
-        if is_answer(cell):
-            graded = next(each for each in cells[i:] if is_graded(each))
-            source = re.sub(r" *### (BEGIN|END) SOLUTION\n?", "", cell.source)
-            check = re.search(r"^checks\.(\w+)\(", graded.source, re.M)[1]
-            points = graded.metadata.nbgrader.points
-            found.append((cell.metadata.nbgrader.grade_id, source, check, points))
-    return found
 
 
 def handed_in(course, name, changed, without=()):
@@ -73,17 +60,17 @@ def warning_aloud(source):
 def test_all_points_for_the_reference_solution_half_for_half_none_for_nothing(name, tmp_path):
     make_course(tmp_path, [name], seed=11)
     rows = tasks(name)
-    answers = {grade_id: source for grade_id, source, _, _ in rows}
-    first = rows[0][0]
+    answers = {task.grade_id: task.answer for task in rows}
+    first = rows[0].grade_id
     submit(tmp_path, "ada", name, answers | {first: warning_aloud(answers[first])})
     submit(tmp_path, "bob", name, {})
     # Cleo solves every second task, and those that it builds on count only if they are solved.
     told = headings(name)
     solved = {i for i in range(1, len(rows) + 1, 2) if not told[i].builds_on - set(range(1, i, 2))}
-    submit(tmp_path, "cleo", name, {rows[i - 1][0]: rows[i - 1][1] for i in solved})
-    assert graded(tmp_path, name, "ada") == sum(points for *_, points in rows)
+    submit(tmp_path, "cleo", name, {rows[i - 1].grade_id: rows[i - 1].answer for i in solved})
+    assert graded(tmp_path, name, "ada") == sum(task.points for task in rows)
     assert graded(tmp_path, name, "bob") == 0
-    assert graded(tmp_path, name, "cleo") == sum(rows[i - 1][3] for i in solved) > 0
+    assert graded(tmp_path, name, "cleo") == sum(rows[i - 1].points for i in solved) > 0
 
 
 ODD = ("04_memory_math", "11_lora")
@@ -93,13 +80,13 @@ ODD = ("04_memory_math", "11_lora")
 def test_odd_submissions_get_the_points_of_their_right_tasks(name, tmp_path):
     make_course(tmp_path, [name], seed=12)
     rows = tasks(name)
-    answers = {grade_id: source for grade_id, source, _, _ in rows}
-    points = {grade_id: points for grade_id, _, _, points in rows}
+    answers = {task.grade_id: task.answer for task in rows}
+    points = {task.grade_id: task.points for task in rows}
     total = sum(points.values())
     # The last task on which no other builds is the one that is spoilt.
     told = headings(name)
     number = max(i for i in told if not any(i in each.builds_on for each in told.values()))
-    last = rows[number - 1][0]
+    last = rows[number - 1].grade_id
     what = re.search(r"^(?:def|class) (\w+)", answers[last], re.M)[1]
     body = re.sub(r"^(def|class) \w+", rf"\1 my_{what}", answers[last], count=1, flags=re.M)
     endless = f"def {what}(*args, **kwargs):\n    while True:\n        pass"
@@ -126,8 +113,8 @@ def test_feedback_shows_no_hidden_test(tmp_path):
     make_course(tmp_path, [name], seed=13)
     rows = tasks(name)
     # An answer that only the hidden test finds wrong: it is right at its first calls.
-    late = [grade_id for grade_id, _, check, _ in rows if check == "count"][0]
-    cheat = dict((grade_id, source) for grade_id, source, _, _ in rows)
+    (late,) = [task.grade_id for task in rows if task.check == "count"]
+    cheat = {task.grade_id: task.answer for task in rows}
     cheat[late] += (
         "\n\n_right, _calls = count, []\n\ndef count(*args, **kwargs):\n"
         "    import inspect\n"
@@ -137,9 +124,11 @@ def test_feedback_shows_no_hidden_test(tmp_path):
         "    return value if 'checks' in learner else -1\n"
     )
     submit(tmp_path, "ada", name, cheat)
-    wrong = {rows[0][0]: next(row[1] for row in wrong_answers(name) if row[0] == rows[0][2])}
+    spoilt = next(row[1] for row in wrong_answers(name) if row[0] == rows[0].check)
+    wrong = {rows[0].grade_id: spoilt}
     submit(tmp_path, "bob", name, wrong)
-    assert graded(tmp_path, name, "ada") == sum(row[3] for row in rows if row[0] != late)
+    others = [task.points for task in rows if task.grade_id != late]
+    assert graded(tmp_path, name, "ada") == sum(others)
     assert graded(tmp_path, name, "bob") == 0
     for student in ("ada", "bob"):
         result = nbgrader(tmp_path).generate_feedback(name, student, force=True)
@@ -170,7 +159,7 @@ def test_a_submission_that_looks_for_solutions_finds_none(tmp_path, monkeypatch)
     make_course(course, [name], seed=14)
     make_students_edition(edition)
     for student in ("eve", "mallory"):
-        submit(course, student, name, {tasks(name)[0][0]: SEARCH})
+        submit(course, student, name, {tasks(name)[0].grade_id: SEARCH})
     # On the authors' own checkout it finds them, so the search works.
     assert graded(course, name, "eve") > 0
     monkeypatch.setenv("PYTHONPATH", str(edition))  # what a grading machine should have installed
@@ -209,21 +198,22 @@ def test_a_class_from_the_platforms_zip_to_the_export(tmp_path):
     with zipfile.ZipFile(archive / "class.zip", "w") as platform:
         for student in range(1001, 1001 + SIZE):
             changed, right = {}, set()
-            for number, (grade_id, answer, check, _) in enumerate(rows, start=1):
-                spoilt = [source for each, source, _ in wrong_answers(name) if each == check]
+            for number, task in enumerate(rows, start=1):
+                spoilt = [source for each, source, _ in wrong_answers(name) if each == task.check]
                 how = rng.choice(["right", "right", "wrong", "missing"])
                 if how == "right" and told[number].builds_on <= right:
-                    changed[grade_id] = answer
+                    changed[task.grade_id] = task.answer
                     right.add(number)
                 elif how == "wrong":
-                    changed[grade_id] = f"{answer}\n\n{rng.choice(spoilt)}"
+                    changed[task.grade_id] = f"{task.answer}\n\n{rng.choice(spoilt)}"
             text = nbformat.writes(handed_in(tmp_path, name, changed))
             moodle = f"Ada Student{student}_{student}_assignsubmission_file_/{name}.ipynb"
             canvas = f"studentada_{student}_77_{name}-1.ipynb"
             platform.writestr(moodle if student % 2 else canvas, text)
-            expected[str(student)] = sum(rows[i - 1][3] for i in right)
+            expected[str(student)] = sum(rows[i - 1].points for i in right)
         # The others are graded even if one student's kernel dies and one hands in nothing.
-        crash = nbformat.writes(handed_in(tmp_path, name, {rows[0][0]: "import os; os._exit(1)"}))
+        dies = {rows[0].grade_id: "import os; os._exit(1)"}
+        crash = nbformat.writes(handed_in(tmp_path, name, dies))
         platform.writestr(f"A Crash_1000_assignsubmission_file_/{name}.ipynb", crash)
         expected |= {"1000": 0, "2000": 0}
     with Gradebook(f"sqlite:///{tmp_path / 'gradebook.db'}") as book:

@@ -2,7 +2,6 @@
 
 import ast
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -16,7 +15,9 @@ from exercise_cells import (
     is_graded,
     run,
     run_all,
+    solved,
     task_cells,
+    tasks,
     unwritten,
 )  # fmt: skip
 
@@ -78,25 +79,21 @@ def with_body(text):
     return change
 
 
-def messages(cells, change):
+def messages(name, change):
     """What each check says to an answer that is right but for one change: {task: message}."""
-    said, solved = {}, run([cell for cell in cells if not is_graded(cell)])
-    for i, cell in enumerate(cells):
-        if not is_answer(cell):
-            continue
-        j = next(j for j in range(i, len(cells)) if is_graded(cells[j]))
-        space = dict(solved)
-        exec(compile(slipped(cell.source, change), "<answer>", "exec"), space)  # noqa: S102
-        call = re.search(r"^checks\.(\w+)\(.*$", cells[j].source, re.M)
+    said = {}
+    for task in tasks(name):
+        space = solved(name)
+        exec(compile(slipped(task.source, change), "<answer>", "exec"), space)  # noqa: S102
         with pytest.raises(Mistake) as caught:
-            exec(call[0], space)  # noqa: S102
-        said[call[1]] = str(caught.value)
+            exec(task.visible, space)  # noqa: S102
+        said[task.check] = str(caught.value)
     return said
 
 
 @exercises
 def test_a_forgotten_return_is_a_sentence(name):
-    for task, said in messages(task_cells("solutions", name), without_return).items():
+    for task, said in messages(name, without_return).items():
         # An answer may stumble itself over the None of one of its own functions.
         own = "NoneType" in said and "your code raised TypeError" in said and "in line" in said
         assert own or "returned None. Is a `return` missing?" in said, f"{task}: {said}"
@@ -105,7 +102,7 @@ def test_a_forgotten_return_is_a_sentence(name):
 @exercises
 def test_an_error_in_the_answer_is_a_sentence_with_its_place(name):
     change = with_body("x = 1\nraise KeyError('colour')")
-    for task, said in messages(task_cells("solutions", name), change).items():
+    for task, said in messages(name, change).items():
         assert "colour" in said, f"{task}: {said}"
 
 
@@ -115,7 +112,7 @@ def test_an_endless_loop_ends(handler, monkeypatch):
     monkeypatch.setattr(limits, "LIMIT", 0.5)
     monkeypatch.setattr(checks, "LIMIT", 0.5)
     endless = with_body("while True:\n    pass")
-    said = messages(task_cells("solutions", "04_memory_math"), endless)
+    said = messages("04_memory_math", endless)
     assert signal.signal(signal.SIGINT, before) == handler
     assert len(said) == 4
     assert all("running after 0.5 seconds in line" in text for text in said.values()), said

@@ -5,7 +5,16 @@ import re
 import time
 
 import pytest
-from exercise_cells import ROOT, code_cells, is_answer, is_graded, run, task_cells, wrong_answers
+from exercise_cells import (
+    ROOT,
+    code_cells,
+    is_answer,
+    is_graded,
+    solved,
+    task_cells,
+    tasks,
+    wrong_answers,
+)  # fmt: skip
 
 import minipeft
 from checks import Mistake, load_checks
@@ -98,33 +107,15 @@ def test_the_exercise_as_handed_out_fails_every_check(name):
 WRONG = [(name, i) for name in NAMES for i in range(len(wrong_answers(name)))]
 
 
-@pytest.fixture(scope="module")
-def solved():
-    """{exercise: (namespace of the solution, {check: the line that calls it})}, made when asked."""
-    made = {}
-
-    def get(name):
-        if name not in made:
-            cells = task_cells("solutions", name)
-            calls = {}
-            for cell in cells:
-                calls |= {k: line for line in cell.source.splitlines()
-                          for k in re.findall(r"^checks\.(\w+)\(", line)}  # fmt: skip
-            made[name] = run([cell for cell in cells if not is_graded(cell)]), calls
-        return made[name]
-
-    return get
-
-
 @pytest.mark.parametrize("name,i", WRONG, ids=[f"{name}-{i}" for name, i in WRONG])
-def test_a_wrong_answer_gets_its_own_message(name, i, solved):
+def test_a_wrong_answer_gets_its_own_message(name, i):
     rows = wrong_answers(name)
     check, source, fragment = rows[i]
-    space, calls = solved(name)
-    space = dict(space)  # the other tasks are solved
+    (task,) = [task for task in tasks(name) if task.check == check]
+    space = solved(name)  # the other tasks are solved
     exec(compile(source, "<answer>", "exec"), space)  # noqa: S102
     with pytest.raises(Mistake) as caught:
-        exec(calls[check], space)  # noqa: S102
+        exec(task.visible, space)  # noqa: S102
     assert fragment in str(caught.value)
     for j, (other_check, _, other) in enumerate(rows):
         assert j == i or other_check != check or other not in str(caught.value), "shared message"

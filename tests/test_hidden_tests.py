@@ -4,7 +4,6 @@ import ast
 import contextlib
 import io
 import re
-from types import SimpleNamespace
 
 import pytest
 from exercise_cells import (
@@ -16,7 +15,8 @@ from exercise_cells import (
     is_graded,
     markdown,
     run,
-    task_cells,
+    solved,
+    tasks,
     with_seed,
 )  # fmt: skip
 from mutants import mutants
@@ -30,37 +30,6 @@ HEADING = re.compile(
     r"## Task (\d+)\. .+ \((\d+) points?, (\d+) minutes, difficulty ([123])"
     r"(, builds on tasks? \d+(, \d+)*( and \d+)?)?\)"
 )
-
-
-def tasks(name):
-    """The tasks of one exercise, each with its answer, its visible check and its hidden test."""
-    cells, found = code_cells("solutions", name), []
-    for i, cell in enumerate(cells):
-        if is_answer(cell):
-            graded = next(each for each in cells[i:] if is_graded(each))
-            visible, rest = graded.source.split("### BEGIN HIDDEN TESTS\n")
-            hidden, after = rest.split("### END HIDDEN TESTS")
-            assert not after.strip(), "nothing follows the hidden tests"
-            found.append(SimpleNamespace(
-                source=cell.source, visible=visible, hidden=hidden,
-                check=re.search(r"^checks\.(\w+)\(", visible, re.M)[1],
-                points=graded.metadata.nbgrader.points,
-            ))  # fmt: skip
-    return found
-
-
-@pytest.fixture(scope="module")
-def solved():
-    """The namespace of a solution, made once for each exercise."""
-    made = {}
-
-    def get(name):
-        if name not in made:
-            made.clear()
-            made[name] = run([c for c in task_cells("solutions", name) if not is_graded(c)])
-        return dict(made[name])
-
-    return get
 
 
 def error(source, space):
@@ -126,7 +95,7 @@ def test_a_hidden_test_stands_alone_and_draws_from_the_teachers_seed(name):
 
 
 @exercises
-def test_an_answer_written_another_way_is_right(name, solved):
+def test_an_answer_written_another_way_is_right(name):
     found = {task.check: task for task in tasks(name)}
     rows = answers("right", name)
     assert {check for check, _ in rows} == set(found), "one for each task"
@@ -140,7 +109,7 @@ def test_an_answer_written_another_way_is_right(name, solved):
 
 
 @exercises
-def test_what_fails_a_hidden_test_fails_the_visible_check(name, solved, monkeypatch):
+def test_what_fails_a_hidden_test_fails_the_visible_check(name, monkeypatch):
     """Over every small change to the reference answer. (Known wrong answers fail the check by
     tests/test_exercises.py.)"""
     monkeypatch.setattr(limits, "LIMIT", 5)

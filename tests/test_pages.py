@@ -1,7 +1,6 @@
 """The notebooks as HTML pages: whole without a network, with formulas, readable on a phone."""
 
 import re
-import shutil
 import sys
 from pathlib import Path
 from urllib.parse import unquote
@@ -9,6 +8,7 @@ from urllib.parse import unquote
 import nbformat
 import pytest
 from bs4 import BeautifulSoup
+from chromium import offline_chromium
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -16,8 +16,6 @@ sys.path.insert(0, str(ROOT / "tools"))
 import make_pages  # noqa: E402
 from mathml import mathml  # noqa: E402
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-DRIVER = shutil.which("chromedriver")
 LOADED = "script, link, img, iframe, object, embed, video, audio, source, base"
 
 
@@ -220,24 +218,8 @@ def test_formulas_as_browsers_set_them():
 
 @pytest.fixture(scope="module")
 def browser():
-    """Chromium with its network switched off, at the size of a phone."""
-    if not (CHROMIUM and DRIVER):
-        pytest.skip("Chromium and chromedriver are not installed (apt install chromium-driver)")
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"):
-        options.add_argument(argument)
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
-    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    driver.execute_cdp_cmd("Network.enable", {})
-    offline = {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
-    driver.execute_cdp_cmd("Network.emulateNetworkConditions", offline)
-    yield driver
-    driver.quit()
+    with offline_chromium(390, 844, mobile=True) as driver:
+        yield driver
 
 
 @pytest.mark.browser

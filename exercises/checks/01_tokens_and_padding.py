@@ -5,6 +5,7 @@ import copy
 import torch
 
 from checks import Mistake
+from checks.devices import follows_the_device
 
 # Masks by where their padding is. The rows of the last one differ in their side.
 _MASKS = {
@@ -13,21 +14,6 @@ _MASKS = {
     "mixed": [[0, 0, 0, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]],
     "none": [[1]],
 }
-
-
-def _follows_the_device(answer, *inputs):
-    """Whether the result is where its inputs are; "meta" stands for another device, say a GPU."""
-    try:
-        return answer(*(tensor.to("meta") for tensor in inputs)).is_meta
-    except (RuntimeError, TypeError) as error:
-        if "expected device" in str(error):
-            return False
-    # It looks at numbers, which meta has not: inputs on the CPU, and new tensors elsewhere.
-    try:
-        with torch.device("meta"):
-            return not answer(*inputs).is_meta
-    except (RuntimeError, TypeError) as error:
-        return "expected device" not in str(error)
 
 
 def position_ids(answer):
@@ -59,7 +45,7 @@ def position_ids(answer):
                     "none": "Without padding,",
                 }[side]
                 raise Mistake(f"{case} {told} the real tokens do not count 0, 1, 2, ...")
-    if not _follows_the_device(answer, mask):
+    if not follows_the_device(answer, mask):
         raise Mistake("Your function makes a tensor on the CPU, whatever the mask's device is.")
 
 
@@ -190,7 +176,7 @@ def last_logits(answer):
         got = answer(half, mask)
         if got.dtype != dtype or not torch.equal(got, half[:, -1]):
             raise Mistake(f"From {dtype} logits come {got.dtype} ones, or others.")
-    if not _follows_the_device(answer, logits.detach(), mask):
+    if not follows_the_device(answer, logits.detach(), mask):
         raise Mistake("Your function makes a tensor on the CPU, whatever the logits' device is.")
 
 

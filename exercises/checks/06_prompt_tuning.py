@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from checks import Mistake
+from checks import Mistake, first_line
 from minipeft import load_base
 
 COUNTING = ("tiny-gpt2", "tiny-llama", "tiny-qwen2", "tiny-gpt_neox")  # they take position_ids
@@ -531,12 +531,8 @@ def _in_odd_settings(answer, prompt, ids, mask):
         if not str(error):
             raise
         raise Mistake(
-            f"A float32 prompt before a bfloat16 model fails: {_first_line(error)}"
+            f"A float32 prompt before a bfloat16 model fails: {first_line(error)}"
         ) from error
-
-
-def _first_line(error):
-    return str(error).partition("\n")[0]
 
 
 def _tuned(answer, name, side="right", dtype=torch.float64):
@@ -596,7 +592,7 @@ def prompt_tuned(answer):
     except (RuntimeError, ValueError, TypeError) as error:
         if isinstance(error, NotImplementedError):
             raise
-        raise Mistake(f"forward fails on tiny-llama: {_first_line(error)}") from error
+        raise Mistake(f"forward fails on tiny-llama: {first_line(error)}") from error
     _still(torch.float64, model)
     if not hasattr(output, "logits"):
         raise Mistake(f"forward returns a {type(output).__name__}, not the output of the model.")
@@ -656,7 +652,7 @@ def prompt_tuned(answer):
     try:
         tuned(**batch)
     except RuntimeError as error:
-        raise Mistake(f"forward fails on a bfloat16 model: {_first_line(error)}") from error
+        raise Mistake(f"forward fails on a bfloat16 model: {first_line(error)}") from error
     _still(torch.bfloat16, model)
     if tuned.prompt.dtype != torch.float32:
         raise Mistake(f"One forward pass has turned the prompt into {tuned.prompt.dtype}.")
@@ -679,7 +675,7 @@ def _with_other_numbers(answer):
         try:
             got = tuned(ids, torch.ones_like(ids), ids).logits
         except (RuntimeError, ValueError) as error:
-            got = _first_line(error)
+            got = first_line(error)
         if not isinstance(got, torch.Tensor) or got.shape != wanted.shape:
             said = got if isinstance(got, str) else f"logits {tuple(got.shape)}"
             raise Mistake(

@@ -6,13 +6,9 @@ import math
 import torch
 from torch import nn
 
-from checks import Mistake
+from checks import Mistake, in_one_line
 
 N, HIDDEN, WIDTH = 5, 6, 4
-
-
-def _first_line(error):
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def _own_device(call):
@@ -369,7 +365,7 @@ def _other_templates(answer):
         try:
             got = answer(ids, vectors, words, 19)
         except (RuntimeError, ValueError, IndexError) as error:
-            raise Mistake(f"{what} there is an error: {_first_line(error)}") from error
+            raise Mistake(f"{what} there is an error: {in_one_line(error)}") from error
         if got.shape != wanted.shape or not torch.equal(got, wanted):
             raise Mistake(f"{what} the result is wrong.")
 
@@ -392,7 +388,7 @@ def _refuses(answer, ids, vectors, words, hole):
             continue
         except Exception as error:
             raise Mistake(
-                f"{what} refused with another error than ValueError: {_first_line(error)}"
+                f"{what} refused with another error than ValueError: {in_one_line(error)}"
             ) from error
         raise Mistake(f"{what} accepted without a word.")
 
@@ -441,7 +437,7 @@ def build(answer):
         try:
             row = answer(copy.deepcopy(parts), list(reply), hole)
         except (TypeError, ValueError, IndexError) as error:
-            raise Mistake(f"For {parts} there is an error: {_first_line(error)}") from error
+            raise Mistake(f"For {parts} there is an error: {in_one_line(error)}") from error
         for key, right in wanted.items():
             if row[key] != right:
                 raise Mistake(

@@ -4,39 +4,13 @@ import torch
 from torch import nn
 from transformers import BloomConfig, GPT2Config, LlamaConfig, Qwen2Config
 
-from checks import Mistake
+from checks import Mistake, in_one_line
+from checks.devices import follows_the_device
 
 # Attention is tried with these sizes, and then with one of them changed at a time.
 _SIZES = {"batch": 3, "heads": 4, "kv_heads": 2, "seq": 5, "head_dim": 8, "n": 3}
 _OTHER = {"batch": 2, "heads": 6, "kv_heads": 4, "seq": 7, "head_dim": 3, "n": 1}
 _NAMES = ("q", "k", "v", "prefix_k", "prefix_v", "mask")
-
-
-def _first_line(error):
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-
-
-def _follows_the_device(answer, *inputs):
-    """Whether the tensors an answer creates are on the device of its inputs."""
-    try:
-        got = answer(*(x.to("meta") if isinstance(x, torch.Tensor) else x for x in inputs))
-        return all(x.is_meta for x in _tensors(got))
-    except (RuntimeError, TypeError) as error:
-        if "expected device" in str(error):
-            return False
-    # It looks at numbers, which meta has not: inputs on the CPU, and new tensors elsewhere.
-    try:
-        with torch.device("meta"):
-            return not any(x.is_meta for x in _tensors(answer(*inputs)))
-    except (RuntimeError, TypeError) as error:
-        return "expected device" not in str(error)
-
-
-def _tensors(result):
-    """The tensors in a result, which may be a tensor, or lists of them."""
-    if isinstance(result, torch.Tensor):
-        return [result]
-    return [each for part in result for each in _tensors(part)]
 
 
 def _inputs(**changes):
@@ -129,17 +103,17 @@ def prefix_attention(answer):
         try:
             right = _same(answer(*other), _attention(*other), other[-1])
         except (RuntimeError, IndexError, ValueError) as error:
-            raise Mistake(f"{said} there is an error: {_first_line(error)}") from error
+            raise Mistake(f"{said} there is an error: {in_one_line(error)}") from error
         if not right:
             raise Mistake(f"{said} it is wrong. Is a size of the first case written into it?")
     _gradients(answer)
-    if not _follows_the_device(answer, *_inputs()):
+    if not follows_the_device(answer, *_inputs()):
         raise Mistake("Your function makes a tensor on the CPU, whatever the device of q is.")
     half = [x.half() for x in inputs[:-1]]
     try:
         got = answer(*half, inputs[-1])
     except RuntimeError as error:
-        raise Mistake(f"In float16 there is an error: {_first_line(error)}") from error
+        raise Mistake(f"In float16 there is an error: {in_one_line(error)}") from error
     if got.dtype != torch.float16:
         raise Mistake(f"From float16 inputs comes an output of {got.dtype}.")
     if not _same(got.float(), _attention(*inputs), inputs[-1], atol=0.02):
@@ -293,7 +267,7 @@ def split(answer):
         raise Mistake(f"The gradient of some {which} does not reach the table.")
     if not torch.equal(_stacked(answer(before, _LLAMA)), got):
         raise Mistake("A second call with the same table gives something else.")
-    if not _follows_the_device(answer, before, _LLAMA):
+    if not follows_the_device(answer, before, _LLAMA):
         raise Mistake("The parts are on the CPU, whatever the device of the table is.")
     if _stacked(answer(before.bfloat16(), _LLAMA)).dtype != torch.bfloat16:
         raise Mistake("From a table in bfloat16 come parts of another type.")
@@ -363,12 +337,12 @@ def lengthen(answer):
         except NotImplementedError:
             raise
         except (RuntimeError, IndexError, ValueError, Mistake) as error:
-            said = str(error) if isinstance(error, Mistake) else _first_line(error)
+            said = str(error) if isinstance(error, Mistake) else in_one_line(error)
             raise Mistake(
                 f"With 3 virtual tokens the answer is right, but for {mask.tolist()} and n = {n}: "
                 f"{said}"
             ) from error
-    if not _follows_the_device(answer, first, 3):
+    if not follows_the_device(answer, first, 3):
         raise Mistake("Your function makes its tensors on the CPU, whatever the mask's device is.")
 
 

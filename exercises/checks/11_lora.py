@@ -6,7 +6,7 @@ import copy
 import torch
 from torch import nn
 
-from checks import Mistake
+from checks import Mistake, first_line
 from minipeft import load_base
 
 # (in, out, r, alpha, with a bias?): two layers that agree in nothing
@@ -18,7 +18,7 @@ def _close(a, b, atol=1e-4):
 
 
 def _first_line(error):
-    return str(error).splitlines()[0].rstrip(".!")
+    return first_line(error).rstrip(".!")
 
 
 def low_rank(answer):

@@ -129,10 +129,18 @@ def _explained(error):
         place += f", `{text}`" if text else ""
     if isinstance(error, TooLong):
         return f"still running after {LIMIT} seconds{place}. Does a loop never end?"
-    said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".removesuffix(": ")
     if theirs:
-        return f"your code raised {said}{place}."
-    return f"what your code returned does not fit here ({said})."
+        return f"your code raised {in_one_line(error)}{place}."
+    return f"what your code returned does not fit here ({in_one_line(error)})."
+
+
+def in_one_line(error):
+    """An error as Python names it, with the first line of what it says."""
+    return f"{type(error).__name__}: {first_line(error)}".removesuffix(": ")
+
+
+def first_line(error):
+    return str(error).strip().partition("\n")[0]
 
 
 def _places(error):

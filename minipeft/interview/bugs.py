@@ -20,8 +20,3 @@ def load_bugs(language: str = "en") -> list[dict]:
     return [
         row | {key: row[key][language] for key in ("symptom", "explanation")} for row in rows
     ]  # fmt: skip
-
-
-def fixed(bug: dict) -> str:
-    """The program with the faulty line replaced."""
-    return bug["program"].replace(bug["wrong"], bug["right"])

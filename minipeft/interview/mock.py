@@ -125,7 +125,18 @@ class Mock:
 
     def report(self) -> str:
         """Points by chapter with links to the lessons, and the cards that are due, in Markdown."""
-        return _report(self)
+        lessons = {path.name[:2]: path.name for path in (REPOSITORY / "notebooks").glob("*.ipynb")}
+        words = {"en": ("Chapter", "Points", "Read again", "Not graded yet", "Cards due"),
+                 "zh": ("章节", "得分", "复习", "未评分", "到期卡片")}[self.language]  # fmt: skip
+        lines = [f"| {words[0]} | {words[1]} | {words[2]} |", "|---|---|---|"]
+        for chapter, (points, parts) in sorted(self.chapters().items()):
+            weak = chapter in lessons and points < 0.75 * parts
+            again = f"[{chapter}]({lessons[chapter]})" if weak else ""
+            lines.append(f"| {chapter} | {points:.1f} / {parts} | {again} |")
+        waiting = [str(i) for i, part in enumerate(self.parts, start=1) if part.share is None]
+        left, due = ", ".join(waiting) or "-", len(repetition.due())
+        lines += ["", f"{words[3]}: {left}. {words[4]}: {due}."]
+        return "\n".join(lines)
 
     def _part(self, number):
         count = len(self.parts)
@@ -212,17 +223,3 @@ def _bug(bug, language):
     solution = "\n".join(["```diff", *lines, "```", "", bug["explanation"]])
     return Part("bug", bug["id"], bug["chapter"], bug["minutes"], asked, solution,
                 BUG_RUBRIC[language], bug)  # fmt: skip
-
-
-def _report(interview):
-    lessons = {path.name[:2]: path.name for path in (REPOSITORY / "notebooks").glob("*.ipynb")}
-    words = {"en": ("Chapter", "Points", "Read again", "Not graded yet", "Cards due"),
-             "zh": ("章节", "得分", "复习", "未评分", "到期卡片")}[interview.language]  # fmt: skip
-    lines = [f"| {words[0]} | {words[1]} | {words[2]} |", "|---|---|---|"]
-    for chapter, (points, parts) in sorted(interview.chapters().items()):
-        weak = chapter in lessons and points < 0.75 * parts
-        again = f"[{chapter}]({lessons[chapter]})" if weak else ""
-        lines.append(f"| {chapter} | {points:.1f} / {parts} | {again} |")
-    waiting = [str(i) for i, part in enumerate(interview.parts, start=1) if part.share is None]
-    lines += ["", f"{words[3]}: {', '.join(waiting) or '-'}. {words[4]}: {len(repetition.due())}."]
-    return "\n".join(lines)

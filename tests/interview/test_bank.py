@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from exercise_cells import sections
 
 from minipeft.interview.bank import (
     FOLDER,
@@ -33,13 +34,6 @@ CHAPTERS = {path.name[:2] for path in (ROOT / "notebooks").glob("*.ipynb")} | {"
 def both(row, language):
     """All texts of a question in one language, as a list, numbers still by name."""
     return [row[key][language] for key in TEXTS] + row["rubric"][language]
-
-
-def headings(notebook):
-    cells = json.loads((ROOT / "notebooks" / notebook).read_text(encoding="utf-8"))["cells"]
-    text = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
-    found = re.findall(r"^#{1,6} +(.*?) *$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
-    return [re.sub(r"[`*]", "", line) for line in found]
 
 
 @EACH
@@ -108,7 +102,7 @@ def test_the_evidence_exists_and_the_usual_wrong_answer_lies_outside_it(row):
         assert evidence.keys() <= {"paper", "value", "tolerance", "wrong_value"}
     else:
         assert evidence.keys() <= {"notebook", "section", "value", "tolerance", "wrong_value"}
-        assert headings(evidence["notebook"]).count(evidence["section"]) == 1
+        assert sections(ROOT / "notebooks" / evidence["notebook"]).count(evidence["section"]) == 1
     if row["kind"] == "numeric":
         assert {"value", "tolerance"} <= evidence.keys()
     if "value" in evidence:
@@ -125,10 +119,10 @@ def test_the_bank_is_whole():
     for language in LANGUAGES:
         questions = [row["question"][language] for row in ROWS]
         assert len(set(questions)) == len(questions)
-    files = {path.stem: path for path in FOLDER.glob("*.jsonl")}
-    assert {row["chapter"] for row in ROWS} == set(files)
-    for row in ROWS:
-        assert row["id"] in files[row["chapter"]].read_text(encoding="utf-8")
+    for path in FOLDER.glob("*.jsonl"):
+        with open(path, encoding="utf-8") as file:
+            assert {json.loads(line)["chapter"] for line in file} == {path.stem}
+    assert {row["chapter"] for row in ROWS} == {path.stem for path in FOLDER.glob("*.jsonl")}
 
 
 def test_the_bank_can_be_searched():

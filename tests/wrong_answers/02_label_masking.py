@@ -1,5 +1,7 @@
 """Wrong answers to exercise 02: (check, source of the answer, part of the message expected)."""
 
+from edits import edited
+
 _ENCODE = """
 def encode_pair(tokenizer, prompt, answer):
     question = tokenizer(prompt)["input_ids"]
@@ -39,25 +41,20 @@ def answer_loss(logits, labels):
 """
 
 
-def _changed(source, old, new):
-    assert old in source, old
-    return source.replace(old, new)
-
-
 def _encode(old, new):
-    return ("encode_pair", _changed(_ENCODE, old, new))
+    return ("encode_pair", edited(_ENCODE, (old, new)))
 
 
 def _shorten(old, new):
-    return ("shorten", _changed(_SHORTEN, old, new))
+    return ("shorten", edited(_SHORTEN, (old, new)))
 
 
 def _collate(old, new):
-    return ("collate", _changed(_COLLATE, old, new))
+    return ("collate", edited(_COLLATE, (old, new)))
 
 
 def _loss(old, new):
-    return ("answer_loss", _changed(_LOSS, old, new))
+    return ("answer_loss", edited(_LOSS, (old, new)))
 
 
 LABELS = "[-100] * len(question) + reply}"

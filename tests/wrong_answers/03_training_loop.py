@@ -1,5 +1,7 @@
 """Wrong answers to exercise 03: (check, source of the answer, part of the message expected)."""
 
+from edits import edited
+
 _GROUPS = """
 import torch
 from torch import nn
@@ -44,6 +46,9 @@ def accumulated_backward(model, batches):
         out += loss.item()
     return out
 """
+
+
+_BACKWARD = _weighted("count(b) / total", "total = sum(count(b) for b in batches)", "**b")
 
 
 def _step(*lines):
@@ -229,18 +234,9 @@ def accumulated_backward(model, batches):
     ),
     (
         "accumulated_backward",
-        _ACCUMULATE
-        + """
-def accumulated_backward(model, batches):
-    total = sum(count(b) for b in batches)
-    out = 0.0
-    for b in batches:
-        model.zero_grad()
-        loss = model(**b).loss * count(b) / total
-        loss.backward()
-        out += loss.item()
-    return out
-""",
+        edited(
+            _BACKWARD, ("        loss = model", "        model.zero_grad()\n        loss = model")
+        ),
         "Only the last batch",
     ),
     (
@@ -597,17 +593,7 @@ def linear_schedule_state():
     ],
     (
         "accumulated_backward",
-        _ACCUMULATE
-        + """
-def accumulated_backward(model, batches):
-    total = sum(count(b) for b in batches)
-    out = 0.0
-    for b in batches:
-        loss = model(**b).loss * count(b) / total
-        loss.backward()
-        out += loss
-    return out
-""",
+        edited(_BACKWARD, ("out += loss.item()\n    return", "out += loss\n    return")),
         "as a Python float",
     ),
     (

@@ -1,5 +1,7 @@
 """Wrong answers to exercise 06: (check, source of the answer, part of the message expected)."""
 
+from edits import edited
+
 _START = """
 def start_rows(model, tokenizer, n):
     special = set(tokenizer.all_special_ids)
@@ -54,23 +56,16 @@ class PromptTuned(nn.Module):
 """
 
 
-def _changed(text, *pairs):
-    for old, new in pairs:
-        assert old in text, old
-        text = text.replace(old, new)
-    return text
-
-
 def _start(*pairs):
-    return _changed(_START, *pairs)
+    return edited(_START, *pairs)
 
 
 def _greedy(*pairs):
-    return _changed(_GREEDY, *pairs)
+    return edited(_GREEDY, *pairs)
 
 
 def _tuned(*pairs):
-    return _changed(_TUNED, *pairs)
+    return edited(_TUNED, *pairs)
 
 
 def _labels(expression):
@@ -310,7 +305,7 @@ def extend_mask(attention_mask, n):
     ),
     (
         "start_rows",
-        _changed(_START, ("[ids].float()", "[ids].float().requires_grad_()")),
+        edited(_START, ("[ids].float()", "[ids].float().requires_grad_()")),
         "require grad",
     ),
     (
@@ -324,7 +319,7 @@ def start_rows(model, tokenizer, n):
     ),
     (
         "prompt_tuned",
-        _changed(
+        edited(
             _TUNED,
             (
                 "model.requires_grad_(False)",

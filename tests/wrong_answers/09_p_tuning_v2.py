@@ -1,5 +1,7 @@
 """Wrong answers to exercise 09: (check, source of the answer, part of the message expected)."""
 
+from edits import edited
+
 _DEEP = """
 def deep_prompt(model, prompts, input_ids):
     batch, n = len(input_ids), prompts.shape[1]
@@ -23,11 +25,7 @@ def deep_prompt(model, prompts, input_ids):
 
 
 def _deep(*changes):
-    source = _DEEP
-    for old, new in changes:
-        assert old in source, old
-        source = source.replace(old, new)
-    return source
+    return edited(_DEEP, *changes)
 
 
 _TIED = """
@@ -43,11 +41,7 @@ def keys_and_values(model, i, h):
 
 
 def _tied(*changes):
-    source = _TIED
-    for old, new in changes:
-        assert old in source, old
-        source = source.replace(old, new)
-    return source
+    return edited(_TIED, *changes)
 
 
 def _count(hidden="layers * n * hidden", key_value="2 * layers * n * kv_heads * head_dim"):

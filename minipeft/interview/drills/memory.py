@@ -26,10 +26,10 @@ def weights(rng: random.Random) -> Drill:
 def states(rng: random.Random) -> Drill:
     """Weights, gradients and Adam's moments between two steps (Rajbhandari et al. 2020, 3.1)."""
     name = rng.choice([*SIZES])
-    recipe, size, en, zh = rng.choice([
-        ("pure bfloat16", 8, "2 + 2 + 2 + 2", "2 + 2 + 2 + 2"),
-        ("float32", 16, "4 + 4 + 4 + 4", "4 + 4 + 4 + 4"),
-        ("mixed precision (16-bit weights and gradients, float32 master weights)", 16, "2 + 2 + 4 + 4 + 4", "2 + 2 + 4 + 4 + 4"),
+    recipe, size, parts = rng.choice([
+        ("pure bfloat16", 8, "2 + 2 + 2 + 2"),
+        ("float32", 16, "4 + 4 + 4 + 4"),
+        ("mixed precision (16-bit weights and gradients, float32 master weights)", 16, "2 + 2 + 4 + 4 + 4"),
     ])  # fmt: skip
     recipe_zh = {"pure bfloat16": "全程 bfloat16", "float32": "float32"}.get(
         recipe, "混合精度（16 位权重和梯度，另存 float32 主权重）"
@@ -41,8 +41,8 @@ def states(rng: random.Random) -> Drill:
          "zh": f"用 AdamW 全量微调 {name}（{SIZES[name]}B），{recipe_zh}：权重、梯度和优化器状态"
                "总共占多少 GB？"},
         answer, "GB",
-        {"en": f"Bytes per parameter: {en} = {size}. {SIZES[name]}e9 x {size} = {answer:.0f} GB.",
-         "zh": f"每个参数的字节数：{zh} = {size}。{SIZES[name]}e9 × {size} = {answer:.0f} GB。"},
+        {"en": f"Bytes per parameter: {parts} = {size}. {SIZES[name]}e9 x {size} = {answer:.0f} GB.",
+         "zh": f"每个参数的字节数：{parts} = {size}。{SIZES[name]}e9 × {size} = {answer:.0f} GB。"},
     )  # fmt: skip
 
 
