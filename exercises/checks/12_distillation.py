@@ -416,7 +416,7 @@ def _cut(answer, teacher, keep):
     if student.config.num_hidden_layers != len(keep):
         raise Mistake(
             f"The student has {len(keep)} blocks, and its config says "
-            f"{student.config.num_hidden_layers}. Saved, it could not be loaded again."
+            f"{student.config.num_hidden_layers}. Saved and loaded, it would be another model."
         )
     if student.model.config.num_hidden_layers != len(keep):
         raise Mistake("student.config is right, but student.model.config is another one.")

@@ -6,28 +6,31 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from minipeft.exercises import FOLDER, load_checks
+from minipeft.interview.bank import FOLDER as BANK
 from minipeft.refusals import require
 
 LEVEL_OF = {"1": "junior", "2": "senior", "3": "research"}
-# (exercise, check): what is asked, in Chinese. The exercise has it in English.
-ASKED = {
-    ("01_tokens_and_padding", "position_ids"): "由注意力掩码算出位置编号，左填充和右填充都要对。",
-    ("02_label_masking", "encode_pair"): "把提示和回答编码成输入与标签，只在回答上计算损失。",
-    ("03_training_loop", "decay_groups"): "把参数分成参与和不参与权重衰减的两组。",
-    ("03_training_loop", "accumulated_backward"): "按词元数（而不是按 batch）累积梯度。",
-    ("04_memory_math", "round_trip"): "分块 4 位量化：求最大绝对值、查码本、还原。",
-    ("06_prompt_tuning", "prompt_tuned"): "写出 prompt tuning 的前向过程。",
-    ("08_prefix_tuning", "prefix_attention"): "写出能看到 prefix 的因果注意力。",
-    ("08_prefix_tuning", "lengthen"): "有 prefix 时，掩码和位置编号应当怎样延长。",
-    ("10_adapters", "adapter"): "写一个 adapter 模块，初始时不改变模型的输出。",
-    ("11_lora", "lora_layer"): "写一个包住 nn.Linear 的 LoRA 层。",
-    ("11_lora", "merge"): "把 LoRA 合并进权重。",
-    ("12_distillation", "distillation_loss"): "写出带温度的蒸馏损失，并按目标词元平均。",
-    ("14_beyond_one_machine", "rank_loss"): "多卡数据并行时，每张卡的损失应当怎样加权。",
-    ("15_interview", "chat_row"): "多轮对话的标签：每一轮助手的回答都要训练。",
-    ("15_interview", "ring_all_reduce"): "在纸上演算 ring all-reduce：结果和每张卡的发送量。",
-    ("15_interview", "pack"): "把多条短样本打包成一行，互相不可见。",
-}
+# (exercise, check) of each task. The exercise has the text in English, tasks_zh.jsonl in Chinese.
+ASKED = [
+    ("01_tokens_and_padding", "position_ids"),
+    ("02_label_masking", "encode_pair"),
+    ("03_training_loop", "decay_groups"),
+    ("03_training_loop", "accumulated_backward"),
+    ("04_memory_math", "round_trip"),
+    ("06_prompt_tuning", "prompt_tuned"),
+    ("08_prefix_tuning", "prefix_attention"),
+    ("08_prefix_tuning", "lengthen"),
+    ("10_adapters", "adapter"),
+    ("11_lora", "lora_layer"),
+    ("11_lora", "merge"),
+    ("12_distillation", "distillation_loss"),
+    ("14_beyond_one_machine", "rank_loss"),
+    ("15_interview", "chat_row"),
+    ("15_interview", "ring_all_reduce"),
+    ("15_interview", "pack"),
+]
+# What only a reader of the whole exercise understands.
+LEFT_OUT = re.compile(r"One mistake is left.*?\n\n| You have all the parts\.", re.S)
 
 
 class Task(NamedTuple):
@@ -61,7 +64,19 @@ def coding_tasks() -> list[Task]:
     Raises ValueError where minipeft was installed without its exercises.
     """
     require(FOLDER.is_dir(), f"There are no exercises in {FOLDER}; use the repository.")
-    return [_task(exercise, name, chinese) for (exercise, name), chinese in ASKED.items()]
+    chinese = _chinese()
+    return [_task(exercise, name, chinese) for exercise, name in ASKED]
+
+
+def _chinese():
+    """{(exercise, name of the function or class to write): its text in Chinese}."""
+    with open(BANK / "coding" / "tasks_zh.jsonl", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    return {
+        (row["exercise"], row["name"]): f"**{row['title']}。** {row['text']}\n\n"
+        f"<details><summary>思路</summary>\n\n{row['hint']}\n\n</details>"
+        for row in rows
+    }
 
 
 def _task(exercise, name, chinese):
@@ -71,21 +86,22 @@ def _task(exercise, name, chinese):
     # A task that takes what another one wrote is set together with it.
     needed = re.findall(r"\w+", call.partition("(")[2])
     places = sorted(
-        i for i, cell in enumerate(cells)
+        (i, each) for i, cell in enumerate(cells)
         for each in needed if re.search(rf"^(def|class) {each}\b", cell, re.M)
     )  # fmt: skip
-    texts = [next(cell for cell in cells[i::-1] if cell.startswith("## Task")) for i in places]
+    texts = [next(cell for cell in cells[i::-1] if cell.startswith("## Task")) for i, _ in places]
     heading = r"## Task \d+\. (.+) \(.*?(\d+) minutes, difficulty (\d).*\)\n"
     found = [re.match(heading, text) for text in texts]
     require(all(found), f"A heading in {exercise} says no minutes and difficulty.")
-    titles = [
-        f"**{each[1]}.** {text[each.end() :].strip()}"
+    english = [
+        f"**{each[1]}{'' if each[1].endswith('?') else '.'}** "
+        + LEFT_OUT.sub("", text[each.end() :].strip())
         for each, text in zip(found, texts, strict=True)
     ]
-    english = "\n\n".join(titles)
     return Task(
         exercise, name, found[-1][1], LEVEL_OF[max(each[3] for each in found)],
         sum(int(each[2]) for each in found),
-        {"en": english, "zh": f"**{chinese}**\n\n{english}"},
-        "\n\n\n".join(cells[i] for i in places), call, getattr(load_checks(exercise), name),
+        {"en": "\n\n".join(english),
+         "zh": "\n\n".join(chinese[exercise, each] for _, each in places)},
+        "\n\n\n".join(cells[i] for i, _ in places), call, getattr(load_checks(exercise), name),
     )  # fmt: skip

@@ -29,6 +29,12 @@ HEADINGS = {
            "derive": "Derive"},
     "zh": {"question": "问答", "drill": "计算", "code": "编程", "bug": "找错", "derive": "推导"},
 }  # fmt: skip
+MINUTES = {"en": "min", "zh": "分钟"}
+CHAPTERS = {"en": {}, "zh": {"drills": "计算", "outside": "课程之外"}}  # all others are numbers
+REPORT = {
+    "en": ("Chapter", "Points", "Read again", "Not graded yet: {}. Cards due: {}.", ", "),
+    "zh": ("章节", "得分", "复习", "未评分：{}。到期卡片：{}。", "、"),
+}
 BUG_RUBRIC = {
     "en": ["Found the line", "Said what it does and why nothing raises", "Gave the fix"],
     "zh": ["找到了出错的那一行", "说清楚它做了什么、为什么不报错", "给出了正确的写法"],
@@ -61,10 +67,10 @@ class Mock:
     parts: list[Part] = field(default_factory=list)
 
     def __repr__(self) -> str:
-        names = HEADINGS[self.language]
-        lines = [f"{i:2}. {names[part.kind]} ({part.minutes} min)"
+        names, unit = HEADINGS[self.language], MINUTES[self.language]
+        lines = [f"{i:2}. {names[part.kind]} ({part.minutes} {unit})"
                  for i, part in enumerate(self.parts, start=1)]  # fmt: skip
-        return "\n".join([*lines, f"    {sum(part.minutes for part in self.parts)} min"])
+        return "\n".join([*lines, f"    {sum(part.minutes for part in self.parts)} {unit}"])
 
     def ask(self, number: int) -> str:
         """The text of a part, in Markdown. Raises ValueError for a part that does not exist."""
@@ -126,16 +132,15 @@ class Mock:
     def report(self) -> str:
         """Points by chapter with links to the lessons, and the cards that are due, in Markdown."""
         lessons = {path.name[:2]: path.name for path in (REPOSITORY / "notebooks").glob("*.ipynb")}
-        words = {"en": ("Chapter", "Points", "Read again", "Not graded yet", "Cards due"),
-                 "zh": ("章节", "得分", "复习", "未评分", "到期卡片")}[self.language]  # fmt: skip
+        words, names = REPORT[self.language], CHAPTERS[self.language]
         lines = [f"| {words[0]} | {words[1]} | {words[2]} |", "|---|---|---|"]
         for chapter, (points, parts) in sorted(self.chapters().items()):
             weak = chapter in lessons and points < 0.75 * parts
             again = f"[{chapter}]({lessons[chapter]})" if weak else ""
-            lines.append(f"| {chapter} | {points:.1f} / {parts} | {again} |")
+            name = names.get(chapter, chapter)
+            lines.append(f"| {name} | {points:.1f} / {parts} | {again} |")
         waiting = [str(i) for i, part in enumerate(self.parts, start=1) if part.share is None]
-        left, due = ", ".join(waiting) or "-", len(repetition.due())
-        lines += ["", f"{words[3]}: {left}. {words[4]}: {due}."]
+        lines += ["", words[3].format(words[4].join(waiting) or "-", len(repetition.due()))]
         return "\n".join(lines)
 
     def _part(self, number):

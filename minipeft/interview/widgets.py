@@ -9,15 +9,17 @@ import time
 import ipywidgets as widgets
 from IPython.display import Markdown, display
 
-from minipeft.interview.mock import HEADINGS, Mock
+from minipeft.interview.mock import HEADINGS, MINUTES, Mock
 
 WORDS = {
-    "en": {"left": "left", "over": "time is up", "back": "Back", "next": "Next", "reveal": "Answer",
-           "grade": "Grade", "check": "Check", "report": "Report", "right": "right",
-           "wrong": "wrong", "value": "a number"},
-    "zh": {"left": "剩余", "over": "时间到", "back": "上一题", "next": "下一题", "reveal": "看答案",
-           "grade": "评分", "check": "检查", "report": "总结", "right": "正确", "wrong": "错误",
-           "value": "一个数"},
+    "en": {"left": "{} left", "over": "time is up", "back": "Back", "next": "Next",
+           "reveal": "Answer", "grade": "Grade", "check": "Check", "report": "Report",
+           "right": "right", "wrong": "wrong", "value": "a number",
+           "no number": "That is no number; answer like 12.5 or 1,200."},
+    "zh": {"left": "剩余 {}", "over": "时间到", "back": "上一题", "next": "下一题",
+           "reveal": "看答案", "grade": "评分", "check": "检查", "report": "总结",
+           "right": "正确", "wrong": "错误", "value": "一个数",
+           "no number": "这不是一个数；请写成 12.5 或 1,200 这样。"},
 }  # fmt: skip
 
 
@@ -34,7 +36,7 @@ class Countdown:
     def show(self) -> None:
         """Write what is left."""
         left = self.end - time.monotonic()
-        clock = f"{int(left) // 60}:{int(left) % 60:02} {self.words['left']}"
+        clock = self.words["left"].format(f"{int(left) // 60}:{int(left) % 60:02}")
         self.label.value = clock if left > 0 else self.words["over"]
 
     def stop(self) -> None:
@@ -59,7 +61,8 @@ def show(interview: Mock) -> widgets.VBox:
         place[0] = min(max(place[0] + step, 0), len(pages) - 1)
         part = interview.parts[place[0]]
         name = HEADINGS[interview.language][part.kind]
-        title.value = f"<b>{place[0] + 1} / {len(pages)}. {name}</b> ({part.minutes} min)"
+        minutes = f"{part.minutes} {MINUTES[interview.language]}"
+        title.value = f"<b>{place[0] + 1} / {len(pages)}. {name}</b> ({minutes})"
         body.children = [pages[place[0]]]
 
     def finish(_):
@@ -121,8 +124,8 @@ def _drill(interview, number, words, said):
     def answer(_):
         try:
             right = interview.answer(number, field.value)
-        except ValueError as error:
-            said.value = str(error)
+        except ValueError:
+            said.value = words["no number"]
             return
         said.value = words["right" if right else "wrong"]
         steps.children = [_markdown(interview.parts[number - 1].solution)]

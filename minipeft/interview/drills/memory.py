@@ -99,9 +99,9 @@ def checkpointed_step(rng: random.Random) -> Drill:
                f"Block inputs {shape.num_hidden_layers} x {tokens:,} x {shape.hidden_size} x 2 bytes = "
                f"{kept:.2f} GiB. Each float32 tensor of logits {logits_gib:.2f} GiB. With one block's "
                f"activations and LoRA's states the peak is {answer:.1f} GiB.",
-         "zh": f"基座 {SIZES[name]}e9 × {size.removeprefix('about ')} 字节 = {base:.1f} GiB（词嵌入和输出层仍是 16 位）。"
-               f"各 block 的输入 {shape.num_hidden_layers} × {tokens:,} × {shape.hidden_size} × 2 字节 = "
-               f"{kept:.2f} GiB。每份 float32 logits {logits_gib:.2f} GiB。再加上一个 block 的激活和 LoRA 的状态，"
+         "zh": f"基座 {SIZES[name]}e9 × {size.replace('about', '约')} 字节 = {base:.1f} GiB（词嵌入和输出头仍是 16 位）。"
+               f"各层的输入 {shape.num_hidden_layers} × {tokens:,} × {shape.hidden_size} × 2 字节 = "
+               f"{kept:.2f} GiB。每份 float32 logits {logits_gib:.2f} GiB。再加上一层的激活和 LoRA 的状态，"
                f"峰值为 {answer:.1f} GiB。"},
     )  # fmt: skip
 
@@ -131,7 +131,7 @@ def block_activations(rng: random.Random) -> Drill:
     return Drill(
         {"en": f"A GPT block with hidden size {h}, {a} heads, dropout, attention without a fused kernel "
                f"and 16-bit activations: how many GiB does it keep for {b} x {s:,} tokens?",
-         "zh": f"一个 GPT block，隐藏维 {h}，{a} 个头，带 dropout，注意力不用融合 kernel，激活为 16 位："
+         "zh": f"GPT 的一层，隐藏维 {h}，{a} 个头，带 dropout，注意力不用融合 kernel，激活为 16 位："
                f"{b} × {s:,} 个词元要保留多少 GiB 的激活？"},
         answer, "GiB",
         {"en": f"sbh(34 + 5as/h) = {s} x {b} x {h} x (34 + {5 * a * s / h:.0f}) bytes = "
@@ -151,8 +151,8 @@ def kv_cache(rng: random.Random) -> Drill:
     return Drill(
         {"en": f"{name} has {layers} layers and {heads} key-value heads of size {size}. How many GiB "
                f"does the KV cache of {batch} sequences of {seq:,} tokens take in 16 bits?",
-         "zh": f"{name} 有 {layers} 层、{heads} 个大小为 {size} 的 KV 头。{batch} 条长 {seq:,} 的序列，"
-               "16 位的 KV cache 占多少 GiB？"},
+         "zh": f"{name} 有 {layers} 层、{heads} 个 {size} 维的键值头。{batch} 条长 {seq:,} 的序列，"
+               "16 位的 KV 缓存占多少 GiB？"},
         answer, "GiB",
         {"en": f"2 x {layers} x {heads} x {size} numbers per token, 2 bytes each, x {seq:,} x {batch} "
                f"= {answer:.2f} GiB.",

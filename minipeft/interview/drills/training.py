@@ -54,7 +54,7 @@ def cosine_rate(rng: random.Random) -> Drill:
          "zh": f"学习率按余弦从第 0 步的 {peak:g} 下降，到第 {total} 步降为 0：第 {step} 步是多少（以 1e-6 为单位）？"},
         answer, "1e-6",
         {"en": f"{peak:g} x (1 + cos(pi x {step}/{total})) / 2 = {answer:.1f}e-6.",
-         "zh": f"{peak:g} × (1 + cos(pi × {step}/{total})) / 2 = {answer:.1f}e-6。"},
+         "zh": f"{peak:g} × (1 + cos(π × {step}/{total})) / 2 = {answer:.1f}e-6。"},
     )  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def padded_share(rng: random.Random) -> Drill:
     return Drill(
         {"en": f"A batch has rows of {', '.join(map(str, lengths))} tokens. What percentage of the "
                "padded batch is padding?",
-         "zh": f"一个 batch 各行的词元数是 {', '.join(map(str, lengths))}。填充后，填充占百分之多少？"},
+         "zh": f"一个 batch 各行的词元数是 {'、'.join(map(str, lengths))}。补齐之后，填充占百分之多少？"},
         answer, "%",
         {"en": f"1 - {sum(lengths)} / (6 x {max(lengths)}) = {answer:.1f} %.",
          "zh": f"1 - {sum(lengths)} / (6 × {max(lengths)}) = {answer:.1f} %。"},
@@ -199,7 +199,7 @@ def three_seeds(rng: random.Random) -> Drill:
     return Drill(
         {"en": f"Three seeds score {', '.join(map(str, scores))} %. How wide is the 95 % interval of "
                "their mean to each side, in points (t = 4.303)?",
-         "zh": f"三个随机种子的得分是 {', '.join(map(str, scores))} %。均值的 95 % 置信区间每侧有多宽（百分点，t = 4.303）？"},
+         "zh": f"三个随机种子的得分是 {'、'.join(map(str, scores))} %。均值的 95 % 置信区间每侧有多宽（百分点，t = 4.303）？"},
         answer, "points",
         {"en": f"Standard deviation {spread:.2f} (divided by 2, not 3); 4.303 x {spread:.2f} / sqrt(3) = "
                f"{answer:.2f}.",
