@@ -106,8 +106,8 @@ def estimate(
     batch, seq     rows, and tokens per row, to which virtual tokens are added; the batch is padded,
                    and all tokens count as targets
     optimizer      "adamw" (two moments, each as large as the trainable parameters; the fused
-                   kernel, as in `train`), "adamw-foreach" (torch's default on CUDA: one more copy
-                   of all trainable parameters during the step), "adamw8bit", or "sgd" (no state)
+                   kernel, as in `train`), "adamw-foreach" (torch's default on CUDA: temporaries as
+                   large as these during the step), "adamw8bit", or "sgd" (no state)
     precision      "float32", or "bfloat16" for autocast; the weights keep their dtype
     attention      "fused" or "eager"
     checkpointing  save only the input of each block, and recompute the block in the backward pass
