@@ -96,7 +96,7 @@ def test_odd_submissions_get_the_points_of_their_right_tasks(name, tmp_path):
         "syntax": ({last: f"def {what}(:\n    pass"}, [], total - points[last]),
         "endless": ({last: endless}, [], total - points[last]),
         "deleted_check": ({}, [f"test_{last}"], total),
-        "sleeps": ({last: f"{answers[last]}\nprint('x' * 10)"}, [], total),
+        "prints": ({last: f"{answers[last]}\nprint('x' * 10)"}, [], total),
         "crash": ({last: "import os\nos._exit(1)"}, [], None),
     }
     assert any(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from minipeft.figures.boxes import arrow, blank, box
-from minipeft.figures.palette import BLUE, GREY, ORANGE
+from minipeft.figures.palette import BLUE, GREY
 from minipeft.figures.plots import show
 from minipeft.refusals import require, shown
 
@@ -11,27 +11,24 @@ TOKENS = ("Review", ":", "A", "gem", ".", "Sent", "iment", ":", "positive", "<eo
 WIDTH = 2.0
 
 
-def label_rows(tokens: Sequence[str] = TOKENS, prompt: int = 8, masked: int | None = None) -> None:
+def label_rows(tokens: Sequence[str] = TOKENS, prompt: int = 8) -> None:
     """Draw the input row, the label row, and an arrow from each position to its target.
 
-    prompt: how many of the tokens are the prompt. masked: how many labels are -100, by default as
-    many as the prompt has; a target inside the prompt is drawn in orange.
-    Raises ValueError unless there is a prompt and an answer, and for a `masked` beyond the row.
+    prompt: how many of the tokens are the prompt; their labels are -100.
+    Raises ValueError unless there is a prompt and an answer.
     """
-    masked = prompt if masked is None else masked
     require(
-        len(tokens) >= 2 and 1 <= prompt < len(tokens) and 0 <= masked <= len(tokens),
-        f"Of {len(tokens)} tokens, prompt={shown(prompt)} cannot be the prompt and "
-        f"masked={shown(masked)} masked; both need a prompt and an answer.",
+        1 <= prompt < len(tokens),
+        f"Of {len(tokens)} tokens, prompt={shown(prompt)} cannot be the prompt; leave at least one "
+        "token for it and one for the answer.",
     )
     figure, axis = blank(len(tokens) * WIDTH + 2.6, 5.3)
     for y, name in ((3.4, "input"), (2.2, "predicts"), (0.9, "label")):
         axis.text(2.3, y + (0.42 if y != 2.2 else 0), name, ha="right", va="center", fontsize=9)
     trained = []
     for t, token in enumerate(tokens):
-        x, target = 2.6 + t * WIDTH, t >= masked
-        wrong = target and t < prompt
-        color = ORANGE if wrong else BLUE if target else GREY
+        x, target = 2.6 + t * WIDTH, t >= prompt
+        color = BLUE if target else GREY
         box(axis, x + 0.08, 3.4, WIDTH - 0.16, 0.85, token, size=8, color=GREY)
         box(axis, x + 0.08, 0.9, WIDTH - 0.16, 0.85, token if target else "-100", size=8,
             color=color, filled=target, dashed=not target)  # fmt: skip
@@ -48,7 +45,7 @@ def label_rows(tokens: Sequence[str] = TOKENS, prompt: int = 8, masked: int | No
     show(
         figure,
         alt=f"Diagram: a row of {len(tokens)} tokens, {prompt} of them the prompt, above its "
-        f"labels, of which the first {masked} are -100. An arrow leads from each position to the "
+        f"labels, of which the first {prompt} are -100. An arrow leads from each position to the "
         f"label one place later. Trained are the predictions made at positions "
-        f"{', '.join(map(str, trained)) or 'none'}.",
+        f"{', '.join(map(str, trained))}.",
     )
