@@ -10,16 +10,17 @@ import ipywidgets as widgets
 from IPython.display import Markdown, display
 
 from minipeft.interview.mock import HEADINGS, MINUTES, Mock
+from minipeft.refusals import shown
 
 WORDS = {
     "en": {"left": "{} left", "over": "time is up", "back": "Back", "next": "Next",
            "reveal": "Answer", "grade": "Grade", "check": "Check", "report": "Report",
            "right": "right", "wrong": "wrong", "value": "a number",
-           "no number": "That is no number; answer like 12.5 or 1,200."},
+           "no number": "{} is no number; answer like 12.5 or 1,200."},
     "zh": {"left": "剩余 {}", "over": "时间到", "back": "上一题", "next": "下一题",
            "reveal": "看答案", "grade": "评分", "check": "检查", "report": "总结",
            "right": "正确", "wrong": "错误", "value": "一个数",
-           "no number": "这不是一个数；请写成 12.5 或 1,200 这样。"},
+           "no number": "{} 不是一个数；请写成 12.5 或 1,200 这样。"},
 }  # fmt: skip
 
 
@@ -125,7 +126,7 @@ def _drill(interview, number, words, said):
         try:
             right = interview.answer(number, field.value)
         except ValueError:
-            said.value = words["no number"]
+            said.value = words["no number"].format(html.escape(shown(field.value)))
             return
         said.value = words["right" if right else "wrong"]
         steps.children = [_markdown(interview.parts[number - 1].solution)]
