@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from minipeft.batching import Collator, encode
 from minipeft.prompts import Prompt
 from minipeft.refusals import refuse_size, require, shown
+from minipeft.targets import last_positions
 from minipeft.technique.on_model import evaluating
 
 
@@ -97,7 +98,7 @@ def classify(
         "Choose words that begin differently.",
     )
     device = next(model.parameters()).device
-    options = {"use_cache": False, "logits_to_keep": 1}
+    options = {"use_cache": False, "logits_to_keep": last_positions(1, device)}
     if _takes(model, "input_ids"):  # otherwise a wrapper with **kwargs, which passes them on
         options = {name: value for name, value in options.items() if _takes(model, name)}
     winners = torch.empty(len(rows), dtype=torch.int64)

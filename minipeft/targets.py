@@ -21,7 +21,7 @@ def logits_at_targets(
     """Return (model output, logits (targets, vocab), targets (targets,)).
 
     The logits are the largest tensor of a training step, so those before the first target are not
-    computed (`logits_to_keep`). `options` go to the model.
+    computed. `options` go to the model.
     Raises ValueError for a label outside the vocabulary.
     """
     device = next(model.parameters()).device
@@ -31,12 +31,23 @@ def logits_at_targets(
     first = int(columns.min()) if len(columns) else labels.shape[1] - 1
     keep = labels.shape[1] - first
     inputs = {name: send(tensor, device) for name, tensor in batch.items() if name != "labels"}
-    output = model(**inputs, use_cache=False, logits_to_keep=keep, **options)
+    kept = last_positions(keep, device)
+    output = model(**inputs, use_cache=False, logits_to_keep=kept, **options)
     logits = output.logits[:, -keep:-1]  # (batch, keep - 1, vocab)
     targets = labels[rows, columns + 1]
     refuse_beyond(targets, logits.shape[-1])
     rows, columns, targets = (send(t, logits.device) for t in (rows, columns - first, targets))
     return output, logits[rows, columns], targets
+
+
+def last_positions(count: int, device: torch.device) -> torch.Tensor:
+    """`logits_to_keep` for the last positions, int64 (count,): -count to -1.
+
+    The number alone would make the model take a slice. torch multiplies a slice by a frozen head
+    row by row of the batch (`bmm`), and reads the head's weights from memory for each of them.
+    What these indices pick lies together in memory and is multiplied at once.
+    """
+    return torch.arange(-count, 0, device=device)
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -1,9 +1,12 @@
 """Logits are made for targets only, and they are those of the whole batch."""
 
+from collections import Counter
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from minipeft import load_base
+from minipeft import classify, load_base
 from minipeft.targets import logits_at_targets, send, target_places
 
 LABELS = torch.tensor([[-100, -100, 7, 8, -100], [9, -100, -100, -100, 5]])
@@ -50,3 +53,30 @@ def test_a_label_beyond_the_vocabulary_is_refused(label):
 def test_on_the_cpu_a_tensor_stays_where_it_is():
     tensor = torch.ones(2)
     assert send(tensor, torch.device("cpu")) is tensor
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products in its block that have one column for each word."""
+
+    def __init__(self, vocab):
+        super().__init__()
+        self.vocab, self.found = vocab, Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            self.found[func.overloadpacket.__name__] += out.shape[-1] == self.vocab
+        return out
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_head_is_multiplied_once_and_not_row_by_row(frozen):
+    model, tokenizer = load_base("tiny-llama", device="cpu")
+    model.lm_head.requires_grad_(not frozen)
+    with Products(model.config.vocab_size) as asked_for_a_slice:
+        model(input_ids=batch()["input_ids"], logits_to_keep=4)
+    assert asked_for_a_slice.found == ({"bmm": 1, "mm": 0} if frozen else {"mm": 1, "bmm": 0})
+    with Products(model.config.vocab_size) as ours:
+        logits_at_targets(model, batch())
+        classify(model, tokenizer, ["good", "fine"], choices=("a", "b"))
+    assert ours.found["bmm"] == 0 and ours.found["mm"] == 2

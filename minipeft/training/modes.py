@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException  # torch has no public name for it
 
+from minipeft.targets import last_positions
 from minipeft.technique.on_model import evaluating
 
 CUDA_GRAPHS = "reduce-overhead"  # torch.compile's name for a mode that replays CUDA graphs
@@ -79,8 +80,9 @@ def compiled(model: nn.Module, how: bool | str) -> Iterator[None]:
             return model._call_impl(*args, **kwargs)
         # The first target of a batch decides how many logits are asked for. Some more do not
         # matter, since they are counted from the end, but every other number is a new shape.
-        if keep := kwargs.get("logits_to_keep"):
-            kwargs["logits_to_keep"] = -(-keep // LOGITS) * LOGITS
+        if (kept := kwargs.get("logits_to_keep")) is not None:
+            more = min(-(-len(kept) // LOGITS) * LOGITS, kwargs["input_ids"].shape[1])
+            kwargs["logits_to_keep"] = last_positions(more, kept.device)
         return call(*args, **kwargs)
 
     model._compiled_call_impl = in_few_shapes
