@@ -75,7 +75,7 @@ def test_the_head_is_multiplied_once_and_not_row_by_row(frozen):
     model.lm_head.requires_grad_(not frozen)
     with Products(model.config.vocab_size) as asked_for_a_slice:
         model(input_ids=batch()["input_ids"], logits_to_keep=4)
-    assert asked_for_a_slice.found == ({"bmm": 1, "mm": 0} if frozen else {"mm": 1, "bmm": 0})
+    assert asked_for_a_slice.found["bmm"] == frozen
     with Products(model.config.vocab_size) as ours:
         logits_at_targets(model, batch())
         classify(model, tokenizer, ["good", "fine"], choices=("a", "b"))
