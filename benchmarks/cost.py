@@ -13,8 +13,9 @@ One row for each method of tasks/methods.py and each state it can be used in: as
 
 Ratios are medians of rounds in which both contenders take turns, in an order that changes. Their
 weights lie in memory that was allocated in the same way: a model loaded from a file and one that
-was copied differ in speed by several per cent on a CPU. A row is not measured again on the same
-device: results/cost.csv.
+was copied differ in speed by several per cent on a CPU. All are frozen to read and write: torch
+multiplies the last position (`logits_to_keep=1`) by a frozen head row by row of the batch, and by
+a trainable one at once. A row is not measured again on the same device: results/cost.csv.
 """
 
 import argparse
@@ -79,10 +80,10 @@ def states(method):
 
 
 def settled(model):
-    """The model with all weights in memory of their own, allocated alike for every contender."""
+    """The model frozen, with all weights in memory of their own, allocated alike for all."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
-    return model.eval()
+    return model.requires_grad_(False).eval()
 
 
 def compare(contenders, rounds):

@@ -73,7 +73,8 @@ def test_all_points_for_the_reference_solution_half_for_half_none_for_nothing(na
     assert graded(tmp_path, name, "cleo") == sum(rows[i - 1].points for i in solved) > 0
 
 
-ODD = ("04_memory_math", "11_lora")
+# In 11 only what depends on the exercise: nbgrader's ways with a broken cell are the same in both.
+ODD = {"04_memory_math": None, "11_lora": ("deleted_answer", "deleted_check", "renamed")}
 
 
 @pytest.mark.parametrize("name", ODD)
@@ -103,7 +104,8 @@ def test_odd_submissions_get_the_points_of_their_right_tasks(name, tmp_path):
         cell.metadata.get("nbgrader", {}).get("grade_id") == f"test_{last}"
         for cell in code_cells("solutions", name)
     )
-    for student, (changed, without, expected) in odd.items():
+    for student in ODD[name] or odd:
+        changed, without, expected = odd[student]
         submit(tmp_path, student, name, answers | changed, without)
         assert graded(tmp_path, name, student) == expected, student
 

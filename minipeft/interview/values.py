@@ -74,7 +74,7 @@ def arithmetic(formula: str, names: dict[str, float]) -> float:
 
 @functools.lru_cache
 def _estimated(arguments):
-    from minipeft.interview.shapes import estimate_gib  # torch only where it is needed
+    from minipeft.interview.estimates import estimate_gib  # torch only where it is needed
 
     return estimate_gib(**json.loads(arguments))
 

@@ -21,7 +21,8 @@ from minipeft import (
     count_parameters,
 )  # fmt: skip
 from minipeft.interview.drills import KINDS, draw
-from minipeft.interview.shapes import ALL, estimate_gib, shape_of
+from minipeft.interview.estimates import estimate_gib
+from minipeft.memory.shapes import ALL, shape_of
 
 EACH = pytest.mark.parametrize("kind", KINDS)
 

@@ -3,7 +3,7 @@
 import random
 
 from minipeft.interview.drills.drill import Drill
-from minipeft.interview.shapes import shape_of
+from minipeft.memory.shapes import shape_of
 
 NAMES = ["SmolLM2 135M", "TinyLlama 1.1B", "Llama 2 7B", "Llama 2 13B", "Llama 3 8B"]
 

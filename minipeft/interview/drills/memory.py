@@ -3,7 +3,8 @@
 import random
 
 from minipeft.interview.drills.drill import Drill
-from minipeft.interview.shapes import estimate_gib, shape_of
+from minipeft.interview.estimates import estimate_gib
+from minipeft.memory.shapes import shape_of
 
 GIB = 2**30
 LARGE = ["Llama 2 7B", "Llama 2 13B", "Llama 3 8B"]
