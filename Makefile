@@ -47,15 +47,14 @@ check: $(VENV)/test.stamp
 	$(BIN)/mypy
 
 # Two test processes, each with half of the cores: small models keep one core busy, not two.
-# Unit tests also wait, for browsers, kernels and killed processes, so a third one fills the gaps.
-SHARED = OMP_NUM_THREADS=$$($(BIN)/python -c "import os; print(max(1, os.cpu_count() // 2))") \
-  $(BIN)/python -m pytest
+IN_PAIRS = OMP_NUM_THREADS=$$($(BIN)/python -c "import os; print(max(1, os.cpu_count() // 2))") \
+  $(BIN)/python -m pytest -n 2
 
 unit: $(VENV)/test.stamp
-	$(SHARED) -n 3 --dist worksteal tests
+	$(IN_PAIRS) --dist worksteal tests
 
 nbval: $(VENV)/test.stamp
-	$(SHARED) -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=900 \
+	$(IN_PAIRS) --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=900 \
 	  --durations=0 notebooks solutions
 
 # Run every notebook and keep its outputs; commit what comes out.
