@@ -138,6 +138,8 @@ def complete(
     texts: dict[int, list[str]] = {}
     generate: Any = model.generate
     options = {"do_sample": False, "pad_token_id": _pad(tokenizer), **options}
+    if _takes(model, "logits_to_keep"):
+        options.setdefault("logits_to_keep", last_positions(1, device))
     with evaluating(model):
         if _takes(model, "position_ids"):
             _refuse_other_positions(model, torch.tensor([min(rows, key=len)], device=device))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minipeft import classify, load_base
+from minipeft import classify, complete, load_base
 from minipeft.targets import logits_at_targets, send, target_places
 
 LABELS = torch.tensor([[-100, -100, 7, 8, -100], [9, -100, -100, -100, 5]])
@@ -79,4 +79,5 @@ def test_the_head_is_multiplied_once_and_not_row_by_row(frozen):
     with Products(model.config.vocab_size) as ours:
         logits_at_targets(model, batch())
         classify(model, tokenizer, ["good", "fine"], choices=("a", "b"))
-    assert ours.found["bmm"] == 0 and ours.found["mm"] == 2
+        complete(model, tokenizer, ["good", "fine"], max_new_tokens=1)
+    assert ours.found["bmm"] == 0 and ours.found["mm"] == 2 + 3  # complete looks at positions first
