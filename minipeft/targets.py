@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
+COMPILED = 32  # a compiled model makes the logits of a multiple of so many positions
+
 
 def target_places(batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """(rows, columns), each (targets,): labels[rows, columns + 1] are the targets.
@@ -28,8 +30,12 @@ def logits_at_targets(
     rows, columns = target_places(batch)
     labels = batch["labels"]  # (batch, seq)
     # On several ranks the shard of one may have no target.
-    first = int(columns.min()) if len(columns) else labels.shape[1] - 1
-    keep = labels.shape[1] - first
+    keep = labels.shape[1] - int(columns.min()) if len(columns) else 1
+    if torch.is_grad_enabled() and model._compiled_call_impl is not None:
+        # The first target of a batch decides how many logits are asked for, and every other number
+        # is a new shape to compile. Some more do not matter, since they are counted from the end.
+        keep = min(-(-keep // COMPILED) * COMPILED, labels.shape[1])
+    first = labels.shape[1] - keep
     inputs = {name: send(tensor, device) for name, tensor in batch.items() if name != "labels"}
     kept = last_positions(keep, device)
     output = model(**inputs, use_cache=False, logits_to_keep=kept, **options)

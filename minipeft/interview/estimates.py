@@ -9,7 +9,7 @@ import torch
 from minipeft.adapters import add_adapters
 from minipeft.lora import add_lora
 from minipeft.memory import estimate
-from minipeft.memory.shapes import ALL, ATTENTION, shape_of
+from minipeft.memory.shapes import ALL_LINEAR, ATTENTION, shape_of
 from minipeft.prefix_tuning import add_prefix_tuning
 from minipeft.prompt_tuning import add_prompt_tuning
 from minipeft.quantization import quantize_base
@@ -33,7 +33,7 @@ def estimate_gib(
     settings: those of `estimate`; dtype is named, as "bfloat16".
     Raises ValueError for an unknown method, target or model.
     """
-    named = {"q, v": ["q_proj", "v_proj"], "attention": ATTENTION, "all": ALL}
+    named = {"q, v": ["q_proj", "v_proj"], "attention": ATTENTION, "all": ALL_LINEAR}
     require(targets in named, f"targets={shown(targets)} is none of {shown([*named])}.")
     adds: dict[str, Callable] = {
         "full": lambda base: base,

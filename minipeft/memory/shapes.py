@@ -4,8 +4,9 @@ from transformers import LlamaConfig, PretrainedConfig
 
 from minipeft.refusals import require, shown
 
+# The linear layers of a block, as these models name them.
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-ALL = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+ALL_LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 
 
 def shape_of(name: str) -> PretrainedConfig:

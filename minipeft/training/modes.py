@@ -8,11 +8,9 @@ import torch
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException  # torch has no public name for it
 
-from minipeft.targets import last_positions
 from minipeft.technique.on_model import evaluating
 
 CUDA_GRAPHS = "reduce-overhead"  # torch.compile's name for a mode that replays CUDA graphs
-LOGITS = 32  # a compiled model makes the logits of a multiple of so many positions
 
 
 def switch_checkpointing(model: nn.Module, on: bool) -> None:
@@ -75,17 +73,12 @@ def compiled(model: nn.Module, how: bool | str) -> Iterator[None]:
     model.compile(options={"fallback_random": True, "triton.cudagraphs": how == CUDA_GRAPHS})
     call: Any = model._compiled_call_impl
 
-    def in_few_shapes(*args: Any, **kwargs: Any) -> Any:
+    def with_gradients(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():  # an evaluation would be compiled apart
             return model._call_impl(*args, **kwargs)
-        # The first target of a batch decides how many logits are asked for. Some more do not
-        # matter, since they are counted from the end, but every other number is a new shape.
-        if (kept := kwargs.get("logits_to_keep")) is not None:
-            more = min(-(-len(kept) // LOGITS) * LOGITS, kwargs["input_ids"].shape[1])
-            kwargs["logits_to_keep"] = last_positions(more, kept.device)
         return call(*args, **kwargs)
 
-    model._compiled_call_impl = in_few_shapes
+    model._compiled_call_impl = with_gradients
     try:
         yield
     except TorchDynamoException as error:

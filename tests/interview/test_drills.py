@@ -22,7 +22,7 @@ from minipeft import (
 )  # fmt: skip
 from minipeft.interview.drills import KINDS, draw
 from minipeft.interview.estimates import estimate_gib
-from minipeft.memory.shapes import ALL, shape_of
+from minipeft.memory.shapes import ALL_LINEAR, shape_of
 
 EACH = pytest.mark.parametrize("kind", KINDS)
 
@@ -75,7 +75,7 @@ NAME = re.compile(r"SmolLM2 135M|TinyLlama 1.1B|Llama 2 \d+B|Llama 3 8B")
     "kind,number,add",
     [
         ("lora_parameters", r"r = (\d+)", lambda base, r: add_lora(base, r)),
-        ("lora_everywhere", r"r = (\d+)", lambda base, r: add_lora(base, r, targets=ALL)),
+        ("lora_everywhere", r"r = (\d+)", lambda base, r: add_lora(base, r, targets=ALL_LINEAR)),
         ("prefix_parameters", r"of (\d+) virtual", add_prefix_tuning),
         ("prompt_parameters", r"of (\d+) virtual", add_prompt_tuning),
         ("adapter_parameters", r"bottleneck (\d+)", add_adapters),

@@ -123,6 +123,20 @@ def test_buckets_are_one_shape_and_change_no_loss(traced):
     assert graphs[0] == 1 < graphs[1]
 
 
+def test_hidden_states_in_place_of_token_ids_are_compiled_too(traced):
+    losses = []
+    for compile in (False, True):
+        model = add_lora(one_block())
+        look_up = model.get_input_embeddings()
+        batches = [
+            {n: x for n, x in batch.items() if n != "input_ids"}
+            | {"inputs_embeds": look_up(batch["input_ids"]).detach()}
+            for batch in BUCKETS
+        ]
+        losses.append(run(model, batches, max_steps=3, compile=compile).train_loss)
+    assert losses[0] == losses[1]
+
+
 def test_a_run_resumes_compiled_or_not(traced, tmp_path):
     straight = run(add_lora(one_block()), BUCKETS, max_steps=4)
     again = add_lora(one_block())
