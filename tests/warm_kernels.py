@@ -11,6 +11,9 @@ import subprocess
 import sys
 import time
 
+from jupyter_client import launcher
+from jupyter_client.provisioning import local_provisioner
+
 # None of them starts a thread, which a fork would lose (pandas does). matplotlib asks the kernel
 # for its backend when it is imported, so the kernel imports it.
 LIBRARIES = ["torch", "transformers.modeling_utils", "transformers.models.llama.modeling_llama",
@@ -61,14 +64,12 @@ class Kernel:
         os.kill(self.pid, number)
 
 
+def launch_kernel(command, env, cwd, **others):
+    """In place of Jupyter's function of this name."""
+    if sys.platform == "linux" and command[1:3] == ["-m", "ipykernel_launcher"]:
+        return Kernel(command[3:], env, cwd)
+    return launcher.launch_kernel(command, env=env, cwd=cwd, **others)
+
+
 def pytest_configure():
-    from jupyter_client.provisioning import local_provisioner
-
-    start_cold = local_provisioner.launch_kernel
-
-    def launch_kernel(command, env, cwd, **others):
-        if sys.platform == "linux" and command[1:3] == ["-m", "ipykernel_launcher"]:
-            return Kernel(command[3:], env, cwd)
-        return start_cold(command, env=env, cwd=cwd, **others)
-
     local_provisioner.launch_kernel = launch_kernel
