@@ -64,10 +64,10 @@ class Kernel:
         os.kill(self.pid, number)
 
 
-def launch_kernel(command, env, cwd, **others):
+def launch_kernel(command, env=None, cwd=None, **others):
     """In place of Jupyter's function of this name."""
     if sys.platform == "linux" and command[1:3] == ["-m", "ipykernel_launcher"]:
-        return Kernel(command[3:], env, cwd)
+        return Kernel(command[3:], env or dict(os.environ), cwd or os.getcwd())
     return launcher.launch_kernel(command, env=env, cwd=cwd, **others)
 
 
