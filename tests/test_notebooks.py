@@ -1,6 +1,7 @@
 """Every notebook has the form that CONTRIBUTING asks for, and was committed after a clean run."""
 
 import copy
+import re
 
 import nbformat
 import notebook_form as form
@@ -50,6 +51,36 @@ def test_a_notebook_is_committed_as_a_clean_run(path):
         assert output.output_type != "error"
         assert output.get("name") != "stderr", output.text[:200]
         assert "Warning" not in output.get("text", "")
+
+
+# The list under the decision tree of 13 has its numbers typed in. Each must be what a saved cell
+# says: (phrase of the list, notebook, what its cell printed, the one's unit in that of the other).
+N = r"([+-]?\d(?:[\d.,]*\d)?)"
+LEAVES = [
+    (f"with {N} % of the parameters", "12_distillation", rf"15 blocks: .* {N} %", 1),
+    (rf"above its teacher \({N} to", "12_distillation", rf"labels\+soft\+hidden .*points, {N}", 1),
+    (f"it ends {N} points above", "12_distillation", rf"labels\+soft\+hidden .*: {N} points", 1),
+    (rf"a task is {N} MB \(LoRA", "deeper/13_cost", rf"LoRA +\S+ +\S+ +{N}\n", 1e6),
+    (rf"or {N} MB \(prefix", "deeper/13_cost", rf"prefix-tuning +\S+ +\S+ +{N}\n", 1e6),
+    (rf"\(prefix\), not {N}", "deeper/13_cost", rf"all blocks +106,202,880 +\S+ +{N}", 1e6),
+    (f"against LoRA's {N}", "13_choosing_a_method", f"LoRA +460,800 trainable: peak {N} GiB", 1),
+    (f"for {N} points", "13_choosing_a_method", rf"LoRA at its best rate: {N} points", 1),
+    (rf"\(-1.8 to {N}\)", "13_choosing_a_method", rf"its best rate: \S+ points \(-1.8 to {N}\)", 1),
+    (rf"\({N} and \d+ of 300 right", "11_lora", f"all seven: {N}", 1),
+    (f"and {N} of 300 right", "11_lora", rf"r = +8 at .* trained, {N} of 300", 1),
+]
+
+
+@pytest.mark.parametrize("said, name, printed, unit", LEAVES)
+def test_the_numbers_behind_the_leaves_are_those_of_saved_cells(said, name, printed, unit):
+    cells = form.load(ROOT / "notebooks/13_choosing_a_method.ipynb").cells
+    (text,) = [cell.source for cell in cells if "The numbers behind the leaves" in cell.source]
+    (said,) = re.findall(said, text)
+    saved = form.outputs(form.load(ROOT / f"notebooks/{name}.ipynb"))
+    output = "\n".join(output.get("text", "") for _, output in saved)
+    (value,) = set(re.findall(printed, output))
+    value, places = float(value.replace(",", "")) / unit, len(said.partition(".")[2])
+    assert f"{value:.{places}f}" == said.lstrip("+")
 
 
 # The checks themselves: one good notebook, and every way to spoil it.

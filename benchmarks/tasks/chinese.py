@@ -21,14 +21,14 @@ from minipeft import (
     load_instructions,
 )
 from minipeft.freezing import only_last_blocks
-from tasks.methods import SEVEN
+from minipeft.memory.shapes import ALL_LINEAR
 from tasks.training import Setting, fit, fresh
 
 STEPS, SAMPLES = 60, 8
 METHODS = {
     "zero-shot": ((), lambda m: m),
     "LoRA": ((2e-3,), add_lora),
-    "LoRA, seven": ((1e-3,), lambda m: add_lora(m, targets=SEVEN)),
+    "LoRA, seven": ((1e-3,), lambda m: add_lora(m, targets=ALL_LINEAR)),
     "prefix-tuning": ((1e-2,), lambda m: add_prefix_tuning(m, 10, text="请用中文回答。")),
     "all blocks": ((1e-4,), lambda m: only_last_blocks(m, 30)),
 }

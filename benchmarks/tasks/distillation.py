@@ -37,8 +37,8 @@ from minipeft import (
     unload_lora,
 )
 from minipeft.freezing import blocks
+from minipeft.memory.shapes import ALL_LINEAR
 from tasks.addition import load_sums
-from tasks.methods import SEVEN
 from tasks.training import Setting, first, fit, fresh, loss_on, marked
 
 BATCH, TESTS = 16, 600
@@ -122,7 +122,7 @@ def splits_of(task):
 def teacher_of(task):
     """(SmolLM2 fine-tuned with LoRA and merged into a plain model, its tokenizer, its answers)"""
     summing = task == "distil_addition"
-    add = (lambda m: add_lora(m, 8, 16, targets=SEVEN)) if summing else add_lora
+    add = (lambda m: add_lora(m, 8, 16, targets=ALL_LINEAR)) if summing else add_lora
     model, tokenizer = fresh(add, 0)
     how = {"lr": 1e-3, "steps": 600, "batch": 16} if summing else {"lr": 2e-3, "steps": 60}
     fit(model, tokenizer, splits_of(task)["train"], seed=0, **how)

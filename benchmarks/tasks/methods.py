@@ -24,9 +24,8 @@ from minipeft import (
     lora_plus_groups,
 )
 from minipeft.freezing import only_biases, only_head, only_last_blocks, only_norms
+from minipeft.memory.shapes import ALL_LINEAR
 from minipeft.quantization import quantize_base
-
-SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def biases(model):
@@ -44,7 +43,7 @@ def folded(model):
 
 
 def lora(model):
-    return add_lora(model, 8, 16, targets=SEVEN)
+    return add_lora(model, 8, 16, targets=ALL_LINEAR)
 
 
 LOW, MIDDLE, HIGH = (1e-4, 3e-4, 1e-3), (3e-4, 1e-3, 3e-3), (1e-2, 3e-2, 1e-1)
@@ -59,14 +58,14 @@ METHODS = {
     "P-tuning v2, hidden, n=10": ((3e-3, 1e-2, 3e-2), lambda m: add_p_tuning_v2(m, 10, "hidden")),
     "adapters, m=16": (MIDDLE, lambda m: add_adapters(m, 16)),
     "LoRA, q and v, r=8": ((1e-3, 3e-3, 1e-2), add_lora),
-    "LoRA, all linear, r=1": ((1e-3, 3e-3, 1e-2), lambda m: add_lora(m, 1, 2, targets=SEVEN)),
+    "LoRA, all linear, r=1": ((1e-3, 3e-3, 1e-2), lambda m: add_lora(m, 1, 2, targets=ALL_LINEAR)),
     "LoRA, all linear, r=8": (MIDDLE, lora),
-    "LoRA, all linear, r=64": (LOW, lambda m: add_lora(m, 64, 128, targets=SEVEN)),
+    "LoRA, all linear, r=64": (LOW, lambda m: add_lora(m, 64, 128, targets=ALL_LINEAR)),
     "rsLoRA, all linear, r=64": (
-        LOW, lambda m: add_lora(m, 64, 16, targets=SEVEN, scaling="rslora"),
+        LOW, lambda m: add_lora(m, 64, 16, targets=ALL_LINEAR, scaling="rslora"),
     ),
     "LoRA+, all linear, r=8": (LOW, lora),
-    "DoRA, all linear, r=8": (MIDDLE, lambda m: add_lora(m, 8, 16, targets=SEVEN, dora=True)),
+    "DoRA, all linear, r=8": (MIDDLE, lambda m: add_lora(m, 8, 16, targets=ALL_LINEAR, dora=True)),
     "biases (added)": ((1e-3, 3e-3, 1e-2), biases),
     "norms": ((1e-3, 3e-3, 1e-2), only_norms),
     "head": (MIDDLE, lambda m: only_head(m, untie=True)),

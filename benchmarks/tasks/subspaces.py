@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from minipeft import add_lora, freeze, load_reviews, lora_plus_groups, merge_lora
-from tasks.methods import SEVEN
+from minipeft.memory.shapes import ALL_LINEAR
 from tasks.training import Setting, fit, fresh, label_words, loss_on
 
 PROBE = "model.layers.15.self_attn.q_proj"
@@ -46,7 +46,7 @@ def add_subspace(model, d, seed):
     theta = nn.Parameter(torch.zeros(d, device=model.device))
     generator = torch.Generator().manual_seed(seed)
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in SEVEN:
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in ALL_LINEAR:
             index = torch.randint(
                 2 * d, (module.weight.numel(),), generator=generator, dtype=torch.int32
             )
@@ -71,7 +71,7 @@ METHODS = {
     "rank r=128": ((2.5e-4, 5e-4, 1e-3), None, lora(r=128, alpha=256)),
     "targets q_proj": (RATES, None, lora(targets="q_proj")),
     "targets v_proj": (RATES, None, lora(targets="v_proj")),
-    "targets all seven": ((5e-4, 1e-3, 2e-3), None, lora(targets=SEVEN)),
+    "targets all seven": ((5e-4, 1e-3, 2e-3), None, lora(targets=ALL_LINEAR)),
     "targets embed_tokens": (RATES, None, lora(targets="embed_tokens")),
     "variant dora": (RATES, None, lora(dora=True)),
     "variant rslora": ((3.5e-4, 7e-4, 2e-3), None, lora(scaling="rslora")),
