@@ -24,7 +24,7 @@ def code_cells(folder, name):
 
 
 def task_cells(folder, name):
-    """The code cells as far as the last check; test_classroom.py runs what follows, too."""
+    """The code cells as far as the last check. What follows uses a real model: see make nbval."""
     cells = code_cells(folder, name)
     return cells[: max(i for i, cell in enumerate(cells) if is_graded(cell)) + 1]
 
