@@ -19,7 +19,8 @@ lab: $(VENV)/lab.stamp assets
 test:
 	$(MAKE) -j2 $(VENV)/test.stamp browser
 	$(MAKE) -j2 assets check
-	$(MAKE) unit nbval
+	$(MAKE) unit
+	$(MAKE) nbval
 
 $(VENV)/pyvenv.cfg:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
