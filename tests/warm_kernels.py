@@ -1,6 +1,6 @@
 """Kernels that start warm: each forks from a process that has imported the large libraries.
 
-Importing them takes some eight seconds, and the checks start more than a hundred kernels. A forked
+Importing them takes some six seconds, and the checks start more than a hundred kernels. A forked
 kernel is a process of its own like any other: it finds modules already imported, and nothing that
 another notebook did. `pytest -p tests.warm_kernels` switches it on, on Linux.
 """
@@ -66,7 +66,7 @@ class Kernel:
 
 def launch_kernel(command, env=None, cwd=None, **others):
     """In place of Jupyter's function of this name."""
-    if sys.platform == "linux" and command[1:3] == ["-m", "ipykernel_launcher"]:
+    if sys.platform == "linux" and command[:3] == [sys.executable, "-m", "ipykernel_launcher"]:
         return Kernel(command[3:], env or dict(os.environ), cwd or os.getcwd())
     return launcher.launch_kernel(command, env=env, cwd=cwd, **others)
 
