@@ -1,27 +1,36 @@
 """What each method costs: a training step, reading, writing, memory, and the file that is kept.
 
-    python benchmarks/cost.py [--methods 'LoRA, all linear, r=8' ...] [--batches 1 32 256]
+    python benchmarks/cost.py [--methods 'LoRA, all linear, r=8' ...] [--seconds 540]
 
-One row for each method of tasks/methods.py and each state it can be used in: as trained, merged
-(LoRA) or folded (virtual tokens that an encoder writes); and students with half of the blocks.
+One row for each method of tasks/methods.py, and for two more that notebook 13 compares, in each
+state it can be used in: as trained, merged (LoRA) or folded (virtual tokens that an encoder
+writes); and students with half of the blocks.
 
   step_ratio    a training step of 8 x 64 tokens over one of LoRA on queries and values
   read_B        prefill of B prompts of 64 tokens, over the bare model's; read_ms_B in milliseconds
   write_B       32 new tokens for B prompts of 16 tokens, over the bare model's; write_ms_B
   peak_gib      the most memory of such a step, with AdamW in float32 (`memory.measure`)
   file_bytes    what has to be kept: the adapter's file, or the trained tensors in one file
+  frozen        were all models frozen to read and write? "no" in the first rows, whose ratios are
+                therefore not to be compared with the others
 
-Ratios are medians of rounds in which both contenders take turns, in an order that changes. Their
-weights lie in memory that was allocated in the same way: a model loaded from a file and one that
-was copied differ in speed by several per cent on a CPU. All are frozen to read and write: torch
-multiplies the last position (`logits_to_keep=1`) by a frozen head row by row of the batch, and by
-a trainable one at once. A row is not measured again on the same device: results/cost.csv.
+Ratios are medians of rounds in which both contenders take turns, in an order that changes: of
+--rounds, or of fewer where two or more took 5 seconds. Their weights lie in memory that was
+allocated in the same way: a model loaded from a file and one that was copied differ in speed by
+several per cent on a CPU. All are frozen to read and write: torch multiplies the last position
+(`logits_to_keep=1`) by a frozen head row by row of the batch, and by a trainable one at once.
+
+A method that results/cost.csv has from this device is not measured again. With --seconds none is
+begun that might not end in time, to judge by the longest so far. Exit status: 0 when nothing is
+left to do, 1 when methods failed, 3 when the time was up.
 """
 
 import argparse
 import copy
+import math
 import statistics
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -30,6 +39,8 @@ from transformers.utils import logging
 
 from minipeft import (
     add_lora,
+    add_p_tuning,
+    add_prompt_tuning,
     count_parameters,
     fold_p_tuning,
     fold_p_tuning_v2,
@@ -44,12 +55,13 @@ from minipeft.memory import measure
 from minipeft.technique.on_model import technique_of
 from tasks.methods import METHODS
 from tasks.training import fresh
-from this_machine import append_rows, rows_so_far, seconds, this_machine
+from this_machine import append_rows, in_time, rows_so_far, seconds, this_machine
 
 RESULTS = Path(__file__).resolve().parent / "results" / "cost.csv"
 BATCHES = (1, 32, 256)
-COLUMNS = """date device threads torch transformers method state trainable file_bytes peak_gib
-step_ratio""".split()
+ENOUGH = 5.0  # seconds of two contenders that take turns
+COLUMNS = """date device threads torch transformers method state frozen trainable file_bytes
+peak_gib step_ratio""".split()
 COLUMNS += [
     f"{kind}_{size}" for size in BATCHES for kind in ("read", "read_ms", "write", "write_ms")
 ]
@@ -57,6 +69,10 @@ FOLDS = {
     "p_tuning": fold_p_tuning,
     "prefix_tuning": fold_prefix_tuning,
     "p_tuning_v2": fold_p_tuning_v2,
+}
+ADD = {name: add for name, (_, add) in METHODS.items()} | {
+    "prompt tuning, n=10": lambda model: add_prompt_tuning(model, 10),
+    "P-tuning, n=10": lambda model: add_p_tuning(model, 10, "mlp"),
 }
 STUDENTS = {"student, first 15 blocks": range(15), "student, every other block": range(0, 30, 2)}
 
@@ -67,7 +83,7 @@ def states(method):
         student = student_from_layers(load_base()[0], STUDENTS[method])
         yield "as trained", student  # every parameter, as when all of its blocks are trained
         return
-    model, _ = fresh(METHODS[method][1], 0)
+    model, _ = fresh(ADD[method], 0)
     yield "as trained", model
     if technique_of(model) == "lora":
         yield "merged", merge_lora(model)
@@ -87,14 +103,20 @@ def settled(model):
 
 
 def compare(contenders, rounds):
-    """(seconds of the first over seconds of the second function, seconds of the first): medians."""
-    ratios, times, device = [], [], pick_device()
+    """(seconds of the first over seconds of the second function, seconds of the first): medians.
+
+    Of `rounds` rounds, or of fewer if they took ENOUGH; each contender begins half of them.
+    """
+    ratios, times, spent, device = [], [], 0.0, pick_device()
     for number in range(rounds + 1):
+        if number > 2 and number % 2 and spent > ENOUGH:
+            break
         taken = {}
         for who in (0, 1) if number % 2 else (1, 0):
             taken[who] = seconds(contenders[who], device)
         ratios.append(taken[0] / taken[1])
         times.append(taken[0])
+        spent += sum(taken.values()) if number else 0.0
     return statistics.median(ratios[1:]), statistics.median(times[1:])  # the first warmed up
 
 
@@ -148,10 +170,11 @@ def rows_of(method, batches, rounds):
 
     bare = settled(load_base()[0])
     words = bare.config.vocab_size
+    kept = {}
     for state, model in states(method):
-        row = {"method": method, "state": state}
-        if method != "zero-shot":
-            row |= {"trainable": count_parameters(model)[0], "file_bytes": file_bytes(model)}
+        if state == "as trained" and method != "zero-shot":  # later it is frozen
+            kept = {"trainable": count_parameters(model)[0], "file_bytes": file_bytes(model)}
+        row = {"method": method, "state": state, "frozen": "yes"} | kept
         if state == "as trained" and method != "zero-shot":
             row["peak_gib"] = f"{measure(copy.deepcopy(model), batch=8, seq=64).total / 2**30:.3f}"
             lora, _ = fresh(add_lora, 0)
@@ -172,21 +195,32 @@ def rows_of(method, batches, rounds):
 
 def main():
     parser = argparse.ArgumentParser(description="Measure what each method costs.")
-    parser.add_argument("--methods", nargs="*", default=[*METHODS, *STUDENTS])
+    parser.add_argument("--methods", nargs="*", default=[*ADD, *STUDENTS])
     parser.add_argument("--batches", nargs="*", type=int, default=BATCHES, choices=BATCHES)
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="end within this time")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    options, begin = parser.parse_args(), time.monotonic()
     logging.set_verbosity_error()
     common = this_machine()
     asked = [f"{kind}_{size}" for size in options.batches for kind in ("read", "write")]
-    done = {r["method"] for r in rows_so_far(options.out) if all(r[name] for name in asked)}
-    for method in options.methods:
-        if method not in done:
+    stored = [row for row in rows_so_far(options.out) if row["frozen"] == "yes"]
+    done = {row["method"] for row in stored if all(row[name] for name in asked)}
+    left, failed = [method for method in options.methods if method not in done], []
+    for method in in_time(list(left), begin + options.seconds):
+        left.remove(method)
+        try:
             rows = list(rows_of(method, options.batches, options.rounds))
-            append_rows(options.out, COLUMNS, [common | row for row in rows])
-            for row in rows:
-                print(*row.values(), flush=True)
+        except (RuntimeError, ValueError) as error:  # the others still count
+            failed.append(f"{method}: {error}")
+            continue
+        append_rows(options.out, COLUMNS, [common | row for row in rows])
+        for row in rows:
+            print(*row.values(), flush=True)
+    if failed:
+        raise SystemExit("these failed and have no row:\n" + "\n".join(failed))
+    if left:
+        raise SystemExit(3)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,20 @@ def seconds(work, device):
     return time.perf_counter() - start
 
 
+def in_time(items, end):
+    """The items to work on, one by one, until the next might last beyond `end`.
+
+    end: a time of `time.monotonic()`. Judged by the item that took longest so far.
+    """
+    longest = 0.0
+    for item in items:
+        begin = time.monotonic()
+        if begin + 1.2 * longest > end:
+            return
+        yield item
+        longest = max(longest, time.monotonic() - begin)
+
+
 def append_rows(path, columns, rows):
     """Append rows, dicts whose missing columns stay empty, to a CSV; a new file gets its header.
 
@@ -65,6 +79,15 @@ def append_rows(path, columns, rows):
     writer.writerows(rows)
     with open(path, "a", newline="", encoding="utf-8") as file:
         file.write(text.getvalue())
+
+
+def replace_rows(path, columns, rows):
+    """Write rows in place of those that this device has in a CSV; rows of other devices stay."""
+    device, new = this_machine()["device"], path.with_suffix(".new")
+    others = [row for row in all_rows(path) if row["device"] != device]
+    new.unlink(missing_ok=True)
+    append_rows(new, columns, [*others, *rows])
+    new.replace(path)
 
 
 def all_columns(path):
