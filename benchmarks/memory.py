@@ -1,6 +1,6 @@
 """The memory of a training step: predicted, followed on fake tensors, and asked of the allocator.
 
-    python benchmarks/memory.py [--cases 0 1 2]
+    python benchmarks/memory.py [--cases 0 1 2] [--seconds 540]
 
 Each case is a model with random weights of a known size, a method, and the shape of a batch.
 
@@ -8,30 +8,28 @@ Each case is a model with random weights of a known size, a method, and the shap
   fake              `memory.measure(configuration, device="cuda")`: a step on fake tensors
   fake_accumulated  the same with two backward passes before the step: the second holds the new
                     gradient of the largest weight beside the sum so far
-  allocated         on a GPU: the allocator's peak of the step
-  reserved, in_use  what the allocator took from the driver, and what the whole device had in use,
-                    with the CUDA context
+  allocated, allocated_accumulated
+                    on a GPU: the allocator's peak of the same one or two passes and a step
+  reserved, in_use  what the allocator then had from the driver, and what the whole device had in
+                    use, with the CUDA context
 
-All in bytes. Rows go to results/memory.csv; one that is there from this device is not measured
-again. The last three cases are the table of the study notes: Bloom with a vocabulary of 46,145, one
-row of 256 tokens, gradients accumulated over 8 batches.
+All in bytes. Rows go to results/memory.csv; a case that is there from this device is not measured
+again. With --seconds none is begun that might not end in time, to judge by the longest so far. Exit
+status: 0 when nothing is left to do, 1 when cases failed, 3 when the time was up. The last three
+cases are the table of the study notes: Bloom with a vocabulary of 46,145, one row of 256 tokens.
+There gradients were accumulated over 8 batches; no pass after the second has a higher peak.
 """
 
 import argparse
 import gc
+import math
+import time
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch._subclasses import FakeTensorMode
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    Qwen2Config,
-)
+from transformers import BloomConfig, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
 
 from minipeft import (
     add_adapters,
@@ -43,15 +41,15 @@ from minipeft import (
 )
 from minipeft.freezing import only_head, only_last_blocks
 from minipeft.memory import measure
-from minipeft.memory.cuda import rules_of_cuda, workspace
+from minipeft.memory.cuda import bytes_of_others, rules_of_cuda, workspace
 from minipeft.memory.estimate import estimate
 from minipeft.memory.measure import Tracker
-from minipeft.memory.settings import build
-from this_machine import append_rows, rows_so_far, this_machine
+from minipeft.memory.settings import build, prepare, storage_bytes
+from this_machine import append_rows, in_time, rows_so_far, this_machine
 
 RESULTS = Path(__file__).resolve().parent / "results" / "memory.csv"
 COLUMNS = """date device threads torch transformers case model method batch seq options predicted
-fake fake_accumulated allocated reserved in_use""".split()
+fake fake_accumulated allocated allocated_accumulated reserved in_use""".split()
 SMOLLM2 = LlamaConfig(
     hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
     num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True,
@@ -129,71 +127,98 @@ def method_of(model, name):
     return METHODS[name]
 
 
-def accumulated(config, method, options):
-    """The peak on fake tensors, as on CUDA, of two backward passes and a step."""
-    with FakeTensorMode(), rules_of_cuda():
-        model = build(config, method, options.get("dtype", torch.float32), "fused")
-        params = [p for p in model.parameters() if p.requires_grad]
-        update = torch.optim.AdamW(params, foreach=True)
-        for p in params:  # a first step creates the optimiser's state
-            p.grad = torch.zeros_like(p)
+def accumulated(model, batch, seq):
+    """The peak of two backward passes and a step: what a GPU's allocator says, or a tracker's."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    device = params[0].device
+    model.train()
+    update = torch.optim.AdamW(params, foreach=True)
+    for p in params:  # a first step creates the optimiser's state
+        p.grad = torch.zeros_like(p)
+    update.step()
+    update.zero_grad()
+    ids = torch.zeros(batch, seq, dtype=torch.int64, device=device)  # (batch, seq)
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0  # a padded batch, as `measure` takes
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids.clone()}
+    states = [t for state in update.state.values() for t in state.values()]
+    standing = [*model.parameters(), *model.buffers(), *states, *inputs.values()]
+    if device.type == "cuda":
+        others = bytes_of_others(device, storage_bytes(t for t in standing if t.is_cuda))
+    with Tracker(standing, 0, 0) as tensors:
+        for _ in range(2):
+            model(**inputs, use_cache=False).loss.backward()
         update.step()
-        update.zero_grad()
-        ids = torch.zeros(options["batch"], options["seq"], dtype=torch.int64)  # (batch, seq)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
-        states = [t for state in update.state.values() for t in state.values()]
-        standing = [*model.parameters(), *model.buffers(), *states, *inputs.values()]
-        with Tracker(standing, 0, 0) as tensors:
-            for _ in range(2):
-                model(**inputs, use_cache=False).loss.backward()
-            update.step()
-    return tensors.peak + workspace()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) - others
+    return tensors.peak
+
+
+def predicted(config, method, options):
+    """What needs no GPU: {column: bytes}."""
+    row = {
+        "predicted": estimate(config, method, device="cuda", **options).total,
+        "fake": measure(config, method, device="cuda", **options).total,
+    }
+    if options.get("optimizer") == "adamw-foreach":
+        with FakeTensorMode(), rules_of_cuda():
+            model = build(config, method, torch.float32, "fused")
+            peak = accumulated(model, options["batch"], options["seq"])
+        row["fake_accumulated"] = peak + workspace()
+    return row
+
+
+def free():
+    """Give what no tensor needs back to the driver."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def allocated(config, method, options):
     """Run the step on the GPU: {column: bytes}."""
-    kernel = "eager" if options.get("attention") == "eager" else "sdpa"
+    free()
+    dtype, attention = options.get("dtype", torch.float32), options.get("attention", "fused")
     with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=options.get("dtype", torch.float32), attn_implementation=kernel
-        )
-    model.config.use_cache = False
+        model = build(config, None, dtype, attention)
     rest = {name: value for name, value in options.items() if name != "dtype"}
-    total = measure(model, method, **rest).total
-    free, size = torch.cuda.mem_get_info()
-    return {"allocated": total, "reserved": torch.cuda.memory_reserved(), "in_use": size - free}
+    row = {"allocated": measure(model, method, **rest).total}
+    if options.get("optimizer") == "adamw-foreach":
+        free()
+        model = prepare(model, method)
+        row["allocated_accumulated"] = accumulated(model, options["batch"], options["seq"])
+    unused, size = torch.cuda.mem_get_info()
+    return row | {"reserved": torch.cuda.memory_reserved(), "in_use": size - unused}
 
 
 def main():
     parser = argparse.ArgumentParser(description="Predicted memory beside the allocator's peak.")
     parser.add_argument("--cases", nargs="*", type=int, default=range(len(CASES)))
+    parser.add_argument("--seconds", type=float, default=math.inf, help="end within this time")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    options, begin = parser.parse_args(), time.monotonic()
     common, done = this_machine(), {int(row["case"]) for row in rows_so_far(options.out)}
-    for case in options.cases:
-        if case in done:
-            continue
+    left, failed = [case for case in options.cases if case not in done], []
+    for case in in_time(list(left), begin + options.seconds):
+        left.remove(case)
         name, kind, batch, seq, extra = CASES[case]
         config, method = MODELS[name], method_of(name, kind)
         asked = {"batch": batch, "seq": seq, **extra}
         row = {"case": case, "model": name, "method": kind, "batch": batch, "seq": seq}
         row["options"] = " ".join(f"{key}={value}" for key, value in extra.items())
-        row["predicted"] = estimate(config, method, device="cuda", **asked).total
-        row["fake"] = measure(config, method, device="cuda", **asked).total
-        if extra == FOREACH:
-            row["fake_accumulated"] = accumulated(config, method, asked)
-        if torch.cuda.is_available():
-            gc.collect()
-            torch.cuda.empty_cache()
-            row |= allocated(config, method, asked)
-        append_rows(options.out, COLUMNS, [common | row])
-        told = {
-            key: row[key]
-            for key in ("predicted", "fake", "fake_accumulated", "allocated")
-            if key in row
-        }
-        text = ", ".join(f"{k} {v / 1e9:.3f} GB ({v / 2**30:.3f} GiB)" for k, v in told.items())
+        try:
+            sizes = predicted(config, method, asked)
+            if torch.cuda.is_available():
+                sizes |= allocated(config, method, asked)
+        except (RuntimeError, ValueError) as error:  # the others still count
+            failed.append(f"case {case}, {name}, {kind}: {error}")
+            continue
+        append_rows(options.out, COLUMNS, [common | row | sizes])
+        text = ", ".join(f"{k} {v / 1e9:.3f} GB ({v / 2**30:.3f} GiB)" for k, v in sizes.items())
         print(f"{case:2} {name}, {kind}, {batch} x {seq} {row['options']}: {text}", flush=True)
+    if failed:
+        raise SystemExit("these failed and have no row:\n" + "\n".join(failed))
+    if left:
+        raise SystemExit(3)
 
 
 if __name__ == "__main__":
