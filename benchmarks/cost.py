@@ -30,7 +30,6 @@ import copy
 import math
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -55,7 +54,7 @@ from minipeft.memory import measure
 from minipeft.technique.on_model import technique_of
 from tasks.methods import METHODS
 from tasks.training import fresh
-from this_machine import append_rows, in_time, rows_so_far, seconds, this_machine
+from this_machine import InTime, append_rows, rows_so_far, seconds, this_machine
 
 RESULTS = Path(__file__).resolve().parent / "results" / "cost.csv"
 BATCHES = (1, 32, 256)
@@ -200,14 +199,15 @@ def main():
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=math.inf, help="end within this time")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    options, begin = parser.parse_args(), time.monotonic()
+    options = parser.parse_args()
+    in_time = InTime(options.seconds)
     logging.set_verbosity_error()
     common = this_machine()
     asked = [f"{kind}_{size}" for size in options.batches for kind in ("read", "write")]
     stored = [row for row in rows_so_far(options.out) if row["frozen"] == "yes"]
     done = {row["method"] for row in stored if all(row[name] for name in asked)}
     left, failed = [method for method in options.methods if method not in done], []
-    for method in in_time(list(left), begin + options.seconds):
+    for method in in_time(list(left)):
         left.remove(method)
         try:
             rows = list(rows_of(method, options.batches, options.rounds))

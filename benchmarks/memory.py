@@ -23,7 +23,6 @@ There gradients were accumulated over 8 batches; no pass after the second has a 
 import argparse
 import gc
 import math
-import time
 from functools import partial
 from pathlib import Path
 
@@ -45,7 +44,7 @@ from minipeft.memory.cuda import bytes_of_others, rules_of_cuda, workspace
 from minipeft.memory.estimate import estimate
 from minipeft.memory.measure import Tracker
 from minipeft.memory.settings import build, prepare, storage_bytes
-from this_machine import append_rows, in_time, rows_so_far, this_machine
+from this_machine import InTime, append_rows, rows_so_far, this_machine
 
 RESULTS = Path(__file__).resolve().parent / "results" / "memory.csv"
 COLUMNS = """date device threads torch transformers case model method batch seq options predicted
@@ -195,10 +194,11 @@ def main():
     parser.add_argument("--cases", nargs="*", type=int, default=range(len(CASES)))
     parser.add_argument("--seconds", type=float, default=math.inf, help="end within this time")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    options, begin = parser.parse_args(), time.monotonic()
+    options = parser.parse_args()
+    in_time = InTime(options.seconds)
     common, done = this_machine(), {int(row["case"]) for row in rows_so_far(options.out)}
     left, failed = [case for case in options.cases if case not in done], []
-    for case in in_time(list(left), begin + options.seconds):
+    for case in in_time(list(left)):
         left.remove(case)
         name, kind, batch, seq, extra = CASES[case]
         config, method = MODELS[name], method_of(name, kind)

@@ -17,10 +17,13 @@ that a busy machine is busy for all of them. What counts is the ratio within a r
 Peak memory counts every tensor that is alive. On a CPU it is followed operation by operation on the
 storages that the step makes (weights, gradients and optimiser state that stay are not in it); on
 CUDA it is the allocator's peak above what was there before the step.
+
+The rows replace those of this device in results/step-cpu-4x64.csv, or the file of another shape or
+kind of device.
 """
 
 import argparse
-import csv
+import gc
 import random
 import weakref
 from functools import partial
@@ -40,9 +43,9 @@ from minipeft import (
     pick_device,
 )
 from minipeft.memory.measure import Tracker
-from this_machine import seconds, this_machine
+from this_machine import replace_rows, seconds, this_machine
 
-ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
 class PeakMemory(Tracker):
@@ -135,6 +138,7 @@ def contenders(method, batch):
 def peak_bytes(step, device):
     """Peak memory of one step, above what is there before and stays, in bytes."""
     if device.type == "cuda":
+        gc.collect()  # what an earlier run left must not be freed during this one
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -187,10 +191,11 @@ def main():
             rng.shuffle(names)
             rounds.append({name: seconds(steps[name], device) for name in names})
         rows += [
-            [*run.values(), method, i, name, f"{value:.4f}", peaks[name]]
+            run | {"method": method, "round": i, "contender": name, "seconds": f"{value:.4f}",
+                   "peak_bytes": peaks[name]}
             for i, row in enumerate(rounds)
             for name, value in row.items()
-        ]
+        ]  # fmt: skip
         line = f"| {method} |"
         for name in ("peft", "bare"):
             forms = [who for who in steps if who.split(",")[0] == name]  # bare has two
@@ -202,14 +207,9 @@ def main():
         table.append(line)
     print("\n| method | step time to HF peft | peak memory | step time to bare | peak memory |")
     print("|---|---|---|---|---|", *table, sep="\n")
-    folder = ROOT / "benchmarks" / "results"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"step-{device.type}-{options.batch}x{options.seq}.csv"
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([*run, "method", "round", "contender", "seconds", "peak_bytes"])
-        writer.writerows(rows)
-    print(f"\nraw rounds: {path.relative_to(ROOT)}")
+    path = RESULTS / f"step-{device.type}-{options.batch}x{options.seq}.csv"
+    replace_rows(path, list(rows[0]), rows)
+    print(f"\nraw rounds: {path.relative_to(RESULTS.parents[1])}")
 
 
 if __name__ == "__main__":

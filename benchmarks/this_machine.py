@@ -49,18 +49,22 @@ def seconds(work, device):
     return time.perf_counter() - start
 
 
-def in_time(items, end):
-    """The items to work on, one by one, until the next might last beyond `end`.
+class InTime:
+    """Hands out items to work on, until the next one might not be done `seconds` from the start.
 
-    end: a time of `time.monotonic()`. Judged by the item that took longest so far.
+    Judged by the item that took longest so far.
     """
-    longest = 0.0
-    for item in items:
-        begin = time.monotonic()
-        if begin + 1.2 * longest > end:
-            return
-        yield item
-        longest = max(longest, time.monotonic() - begin)
+
+    def __init__(self, seconds):
+        self.end, self.longest = time.monotonic() + seconds, 0.0
+
+    def __call__(self, items):
+        for item in items:
+            begin = time.monotonic()
+            if begin + 1.2 * self.longest > self.end:
+                return
+            yield item
+            self.longest = max(self.longest, time.monotonic() - begin)
 
 
 def append_rows(path, columns, rows):

@@ -1,6 +1,6 @@
 """`train` against HF peft with `Trainer`, and against TRL's `SFTTrainer`, on the same rows.
 
-    python benchmarks/train.py [--steps 8] [--batch 4] [--rounds 5] [--precision bfloat16]
+    python benchmarks/train.py [--steps 8] [--batch 4] [--precision bfloat16] [--seconds 540]
 
 Whole training runs take turns in one process, in an order that changes every round, so that a busy
 machine is busy for all of them. What counts is the ratio within a round. LoRA r=8 on the query and
@@ -12,17 +12,23 @@ On a CPU that others use, the ratio of the process's own CPU time is the surer o
   minipeft   add_lora and train, which makes logits at the targets only
   Trainer    HF peft's LoRA and the Trainer of transformers
   TRL        the same LoRA and TRL's SFTTrainer, which makes logits in tiles, on CUDA at the targets
-             only, and does not keep them; left out where trl is not installed
+             only, and does not keep them; left out where trl is not installed (`pip install trl`)
 
 Each run begins with a fresh copy of the model, and with the same numbers in A. So all of them must
 find the same losses: that of the first step, to 1e-3 in float32, and the mean of the whole run, to
 1e-2. Peak memory is that of a run of one step, counted as in step.py.
+
+Each round is appended to results/train-cpu.csv or train-cuda.csv. Rounds that this device has with
+all contenders and the same settings count towards --rounds. With --seconds no round is begun that
+might not end in time, to judge by the longest so far. Exit status: 0 when nothing is left to do, 3
+when the time was up.
 """
 
 import argparse
 import copy
 import importlib.util
 import logging
+import math
 import os
 import random
 import tempfile
@@ -35,11 +41,10 @@ import peft
 import torch
 import transformers
 from datasets import Dataset
-from tqdm import tqdm
 
 from minipeft import Batches, Collator, add_lora, load_base, pick_device, train
 from step import interval, median, peak_bytes
-from this_machine import append_rows, seconds, this_machine
+from this_machine import InTime, append_rows, rows_so_far, seconds, this_machine
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LR = 1e-4
@@ -169,15 +174,15 @@ def times(work, device):
     return wall, time.process_time() - begin
 
 
-def measure_shape(makers, base, tokenizer, targets, options, device, rng):
-    """Measure all contenders on one shape of data. Returns ({name: peak}, rounds, losses).
+def rounds_of(makers, base, tokenizer, targets, options, device):
+    """Measure all contenders on one shape of data, in one round after the other, without end.
 
-    A round is {name: (wall time, CPU time)}.
+    Yields {contender: {column: value}}.
     """
     torch.manual_seed(options.seed)
     count = options.steps * options.batch
     rows = rows_of(count, options.seq, targets, base.config.vocab_size)
-    result, peaks, first = {}, {}, {}
+    result, peaks = {}, {}
 
     with tempfile.TemporaryDirectory() as folder:
 
@@ -189,15 +194,54 @@ def measure_shape(makers, base, tokenizer, targets, options, device, rng):
         for name in makers:
             ready(name, 1)()  # warm up
             peaks[name] = peak_bytes(ready(name, 1), device)
-            first[name] = result[name]
+        first = dict(result)
         refuse_unequal(first, 1e-3, "loss of the first step", options.precision)
-        rounds = []
-        for _ in tqdm(range(options.rounds), unit="round", desc=f"{targets} of {options.seq}"):
-            order = list(makers)
+        order, rng = list(makers), random.Random()  # a run seeds that of the module
+        while True:
             rng.shuffle(order)
-            rounds.append({name: times(ready(name, options.steps), device) for name in order})
-    refuse_unequal(result, 1e-2, "mean loss of the run", options.precision)
-    return peaks, rounds, {name: (first[name], result[name]) for name in makers}
+            taken = {name: times(ready(name, options.steps), device) for name in order}
+            refuse_unequal(result, 1e-2, "mean loss of the run", options.precision)
+            yield {
+                name: {
+                    "seconds": f"{wall:.4f}",
+                    "cpu_seconds": f"{cpu:.4f}",
+                    "tokens_per_second": f"{count * options.seq / wall:.1f}",
+                    "peak_bytes": peaks[name],
+                    "first_loss": f"{first[name]:.6f}",
+                    "mean_loss": f"{result[name]:.6f}",
+                }
+                for name, (wall, cpu) in taken.items()
+            }
+
+
+def stored_rounds(path, setting):
+    """{number of the round: {contender: row}} that a file has from this device and setting."""
+    rounds = {}
+    for row in rows_so_far(path):
+        if all(row[name] == str(value) for name, value in setting.items()):
+            rounds.setdefault(int(row["round"]), {})[row["contender"]] = row
+    return rounds
+
+
+def lines_of(whole, targets, seq, names):
+    """The lines of the table for one shape of data. whole: rounds with all contenders."""
+
+    def column(name, key):
+        return [float(of[name][key]) for of in whole]
+
+    for other in [name for name in names if name != "minipeft"]:
+        cells = [f"{targets} of {seq}", other]
+        for clock in ("seconds", "cpu_seconds"):
+            pairs = zip(column(other, clock), column("minipeft", clock), strict=True)
+            ratios = [theirs / ours for theirs, ours in pairs]
+            low, high = interval(ratios, random.Random(0))
+            cells.append(f"{median(ratios):.2f} ({low:.2f} to {high:.2f})")
+        both = ("minipeft", other)
+        speeds = [f"{median(column(name, 'tokens_per_second')):,.0f}" for name in both]
+        peaks = [median(column(name, "peak_bytes")) for name in both]
+        cells += [" and ".join(speeds), f"{peaks[0] / peaks[1]:.3f}"]
+        cells.append(" and ".join(f"{peak / 2**20:,.1f}" for peak in peaks))
+        yield f"| {' | '.join(cells)} |"
 
 
 def main():
@@ -210,54 +254,47 @@ def main():
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--base", default="smollm2", help="for load_base")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="end within this time")
     options = parser.parse_args()
+    in_time = InTime(options.seconds)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    device, rng, makers = pick_device(), random.Random(options.seed), contenders()
+    device, makers = pick_device(), contenders()
     trl = version("trl") if "TRL" in makers else ""
     machine = this_machine() | {"peft": peft.__version__, "trl": trl}
     print(", ".join(f"{name} {value}" for name, value in machine.items() if value))
     base, tokenizer = load_base(options.base, device=device)
-    tokens, table, stored = options.steps * options.batch * options.seq, [], []
-    for targets in (options.targets, options.seq):
-        peaks, rounds, losses = measure_shape(
-            makers, base, tokenizer, targets, options, device, rng
-        )
-        for other in [name for name in makers if name != "minipeft"]:
-            ratios, texts = [], []
-            for clock in range(2):  # wall time, CPU time
-                ratios.append([row[other][clock] / row["minipeft"][clock] for row in rounds])
-                low, high = interval(ratios[clock], rng)
-                texts.append(f"{median(ratios[clock]):.2f} ({low:.2f} to {high:.2f})")
-            ours, theirs = (
-                median([tokens / row[name][0] for row in rounds]) for name in ("minipeft", other)
-            )
-            memory = peaks["minipeft"] / peaks[other]
-            table.append(
-                f"| {targets} of {options.seq} | {other} | {' | '.join(texts)} | {ours:,.0f} and "
-                f"{theirs:,.0f} | {memory:.3f} | {peaks['minipeft'] / 2**20:,.1f} and "
-                f"{peaks[other] / 2**20:,.1f} |"
-            )
-        setting = {"targets": targets} | {
-            name: getattr(options, name)
-            for name in ("base", "precision", "batch", "seq", "steps", "seed")
-        }
-        stored += [
-            machine | setting | {
-                "round": i, "contender": name, "seconds": f"{wall:.4f}",
-                "cpu_seconds": f"{cpu:.4f}", "tokens_per_second": f"{tokens / wall:.1f}",
-                "peak_bytes": peaks[name],
-                "first_loss": f"{losses[name][0]:.6f}", "mean_loss": f"{losses[name][1]:.6f}",
-            }
-            for i, row in enumerate(rounds)
-            for name, (wall, cpu) in row.items()
-        ]  # fmt: skip
-    heads = ["targets", "against", "times its speed", "by CPU time", "tokens per second"]
-    print(f"\n| {' | '.join(heads)} | of its peak | MiB |", "|---" * 7 + "|", *table, sep="\n")
     path = RESULTS / f"train-{device.type}.csv"
-    append_rows(path, [*machine, *COLUMNS], stored)
+    same = {
+        name: getattr(options, name)
+        for name in ("base", "precision", "batch", "seq", "steps", "seed")
+    }
+    shapes = (options.targets, options.seq)
+
+    def whole(targets):
+        """The rounds on one shape of data that have all contenders."""
+        found = stored_rounds(path, same | {"targets": targets}).values()
+        return [of for of in found if makers.keys() <= of.keys()]
+
+    left = [n for n in shapes for _ in range(options.rounds - len(whole(n)))]
+    measured = {n: rounds_of(makers, base, tokenizer, n, options, device) for n in shapes}
+    for targets in in_time(list(left)):
+        left.remove(targets)
+        setting = same | {"targets": targets}
+        found, numbers = next(measured[targets]), stored_rounds(path, setting)
+        setting["round"] = max(numbers, default=-1) + 1
+        print(f"{targets} of {options.seq}, round {setting['round']}", flush=True)
+        rows = [machine | setting | {"contender": name} | row for name, row in found.items()]
+        append_rows(path, [*machine, *COLUMNS], rows)
+    heads = ["targets", "against", "times its speed", "by CPU time", "tokens per second"]
+    print(f"\n| {' | '.join(heads)} | of its peak | MiB |", "|---" * 7 + "|", sep="\n")
+    for targets in shapes:
+        if rounds := whole(targets):
+            print(*lines_of(rounds, targets, options.seq, makers), sep="\n")
     print(f"\nraw rounds: {path.relative_to(RESULTS.parents[1])}")
+    if left:
+        raise SystemExit(3)
 
 
 if __name__ == "__main__":

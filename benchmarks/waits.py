@@ -15,8 +15,13 @@ run warm up, then takes the time of three blocks of steps, then profiles some mo
 
 --mixed draws lengths from half of `seq` to `seq`; then the compiled runs pad to multiples of 32,
 and `train, compile, no buckets` does not. What warming up took, compilation included, is in
-`warm_seconds`. A round that this device has measured already is left out, and none begins after
---seconds, so the command can be repeated until nothing is missing.
+`warm_seconds`.
+
+Each run appends its row to results/waits.csv. One that is there from this device is left out, so
+the command can be repeated until nothing is missing. What a call that was cut off, or a run that
+failed, left of a round is made up for by the next call; then the round spans two processes. No
+round and no run is begun that might not end within --seconds, to judge by the longest so far. Exit
+status: 0 when nothing is left to do, 1 when runs failed, 3 when the time was up.
 
 Columns of a profiled step: operators, ATen operators that call no other; casts, copies to another
 type; reads, numbers that the host read from a tensor; launches, calls that start work on the GPU;
@@ -29,6 +34,7 @@ import argparse
 import copy
 import itertools
 import logging
+import math
 import os
 import random
 import statistics
@@ -48,7 +54,7 @@ from train import lora_of_peft, refuse_unequal, same_start, settings_of_theirs
 from minipeft import Collator, add_lora, load_base, pick_device, train
 from minipeft.training import loop
 from minipeft.training.loss import loss_sum
-from this_machine import append_rows, rows_so_far, this_machine
+from this_machine import InTime, append_rows, rows_so_far, this_machine
 
 PATH = Path(__file__).resolve().parent / "results" / "waits.csv"
 BLOCKS, MIXED, BUCKET, LR = 3, 6, 32, 1e-4
@@ -288,6 +294,12 @@ def measure(name, contender, base, tokenizer, rows, block, options, device):
     } | figures(watch)
 
 
+def losses_of(key, path):
+    """{contender: mean loss} of the runs of one round that a file has from this device."""
+    rows = [row for row in rows_so_far(path) if tuple(row[name] for name in KEY) == key]
+    return {row["contender"]: float(row["mean_loss"]) for row in rows}
+
+
 def table(rows):
     """Print the contenders side by side, medians over the rounds; rows as the file has them."""
 
@@ -321,11 +333,12 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--mixed", action="store_true", help="lengths from half of seq to seq")
     parser.add_argument("--block", type=int, default=20 if device.type == "cuda" else 2)
-    parser.add_argument("--seconds", type=float, default=500, help="begin nothing later")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="end within this time")
     parser.add_argument("--base", default="smollm2", help="for load_base")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=PATH)
-    options, begin = parser.parse_args(), time.perf_counter()
+    options = parser.parse_args()
+    whole_rounds, runs = InTime(options.seconds), InTime(options.seconds)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -333,32 +346,33 @@ def main():
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     base, tokenizer = load_base(options.base, device=device)
     lengths = "mixed" if options.mixed else "equal"
-    failed = []
-    done = {tuple(row[name] for name in KEY) for row in rows_so_far(options.out)}
+    everyone = contenders(device, options.mixed)
     settings = list(itertools.product(options.shapes, options.precisions))
+    rounds = {}  # {key: the contenders that it lacks}
     for number, ((batch, seq), precision) in itertools.product(range(options.rounds), settings):
         key = (options.base, str(batch), str(seq), lengths, precision, str(number))
-        where = f"{batch} x {seq}, {precision}, round {number}"
-        if key in done or time.perf_counter() - begin > options.seconds:
-            print(f"{where}: {'there already' if key in done else 'no time left'}")
-            continue
+        if left := [name for name in everyone if name not in losses_of(key, options.out)]:
+            rounds[key] = left
+            random.Random(f"{options.seed} {number}").shuffle(left)
+    failed = []
+    for key, left in whole_rounds(rounds.items()):
+        batch, seq, precision = int(key[1]), int(key[2]), key[4]
+        where = f"{batch} x {seq}, {precision}, round {key[5]}"
         setting = {"batch": batch, "precision": precision, "seed": options.seed}
         rows = rows_of(batch, seq, options.mixed, base.config.vocab_size, options.seed)
-        found, makers = [], list(contenders(device, options.mixed).items())
-        random.Random(f"{options.seed} {number}").shuffle(makers)
-        for name, contender in makers:
+        for name in runs(list(left)):
+            left.remove(name)
             print(f"{where}: {name}", flush=True)
             try:
                 args = (base, tokenizer, rows, options.block, setting, device)
-                found.append(measure(name, contender, *args))
-            except (RuntimeError, ValueError) as error:  # the others still count
+                row = measure(name, everyone[name], *args)
+                losses = losses_of(key, options.out) | {name: float(row["mean_loss"])}
+                refuse_unequal(losses, 1e-2, "mean loss of the run", precision)
+            except (RuntimeError, ValueError, AssertionError) as error:  # the others still count
                 failed.append(f"{where}, {name}: {error}")
-        if not found:
-            continue
-        losses = {row["contender"]: float(row["mean_loss"]) for row in found}
-        refuse_unequal(losses, 1e-2, "mean loss of the run", precision)
-        head = machine | dict(zip(KEY, key, strict=True))
-        append_rows(options.out, [*machine, *COLUMNS], [head | row for row in found])
+                continue
+            head = machine | dict(zip(KEY, key, strict=True))
+            append_rows(options.out, [*machine, *COLUMNS], [head | row])
     stored = [row for row in rows_so_far(options.out) if row["lengths"] == lengths]
     for (batch, seq), precision in settings:
         key = (options.base, str(batch), str(seq), lengths, precision)
@@ -367,6 +381,8 @@ def main():
             table(mine)
     if failed:
         raise SystemExit("these failed and have no row:\n" + "\n".join(failed))
+    if any(rounds.values()):
+        raise SystemExit(3)
 
 
 if __name__ == "__main__":
