@@ -82,6 +82,16 @@ def test_a_number_that_could_drift_has_a_source(row):
 
 
 @EACH
+def test_a_number_is_of_one_device(row):
+    """Else a second device's rows in the same file would make it ambiguous."""
+    for source in row["values"].values():
+        if source.get("file", "").startswith("benchmarks/results/"):
+            with open(ROOT / source["file"], encoding="utf-8") as file:
+                columns = file.readline().strip().split(",")
+            assert "device" not in columns or "device" in source["where"], source
+
+
+@EACH
 def test_the_numbers_are_found_and_the_same_in_both_languages(row):
     # A single digit may be a word in one of them: four, 4.
     number = re.compile(r"\d+(?:[.,]\d+)+|\d{2,}")
