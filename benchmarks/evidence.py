@@ -12,7 +12,7 @@ Each run appends one row to benchmarks/results/evidence.csv when it is through, 
 device and the versions. A run that is in the file, from the same device, is not repeated, so the
 script can be stopped and started at any time; two at once on one file would do the same work twice.
 --workers processes share the device. With --seconds no run begins that might not end in time, to
-judge by the longest run of its task so far. Exit status: 0 when nothing is left to do, 1 when runs
+judge by the longest run so far (`may_take`). Exit status: 0 when nothing is left to do, 1 when runs
 failed, 3 when the time was up.
 """
 
@@ -108,9 +108,31 @@ def plan(tasks, rows, methods=None, seeds=None):
     ]
 
 
-def begin_worker(workers, parent):
-    """Give each process its part of the cores, and end it when the runner is gone."""
-    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+def may_take(run, finished, running):
+    """Seconds to expect of a run: those of the longest one before, more if it has more steps.
+
+    finished: (training run, seconds). While none is of this task, all of them count, and running:
+    the seconds that other runs have taken by now. 0 if there is nothing.
+    """
+    own = [(other, seconds) for other, seconds in finished if other.task == run.task]
+    longest = [seconds * max(1, run.steps / other.steps) for other, seconds in own or finished]
+    return max(longest + ([] if own else running), default=0.0)
+
+
+def seconds_of(row):
+    """How long the run of a row took: from loading the model to judging it, if that is known."""
+    whole = json.loads(row["details"] or "{}").get("whole_seconds")
+    return float(whole or row.get("seconds") or 0)
+
+
+def threads_of(workers):
+    """The part of the cores that each of some processes gets."""
+    return max(1, torch.get_num_threads() // workers)
+
+
+def begin_worker(threads, parent):
+    """Give a process its part of the cores, and end it when the runner is gone."""
+    torch.set_num_threads(threads)
 
     def watch():
         while os.getppid() == parent:
@@ -121,7 +143,11 @@ def begin_worker(workers, parent):
 
 
 def make(run):
-    """Train and judge: (a row of the file, seconds). Runs in a process of its own."""
+    """Train and judge: a row of the file. Runs in a process of its own.
+
+    `seconds` of a row are those of the training, `whole_seconds` in its details those of the run,
+    unless the task says what a run takes without what is done once.
+    """
     from transformers.utils import logging
 
     from tasks import TASKS
@@ -132,8 +158,9 @@ def make(run):
         row = TASKS[run.task][1](*run[1:])
     except FloatingPointError as error:  # it diverged: a result, and never the best rate
         row = {"valid_loss": "inf", "details": {"diverged": str(error)}}
-    row["details"] = json.dumps(row.get("details", {}), ensure_ascii=False)
-    return this_machine() | run._asdict() | row, time.monotonic() - start
+    details = {"whole_seconds": round(time.monotonic() - start, 1)} | row.get("details", {})
+    row["details"] = json.dumps(details, ensure_ascii=False)
+    return this_machine() | run._asdict() | row
 
 
 def main():
@@ -164,27 +191,32 @@ def main():
             print(f"{task:18} {made:4} runs made, {len(plan([task], rows, *wanted)):4} can be next")
         return
     begin, failed = time.monotonic(), set()
-    longest = dict.fromkeys(tasks, 0.0)  # seconds of a run, by task
-    for row in rows_so_far(options.out):
-        if row["task"] in longest:
-            longest[row["task"]] = max(longest[row["task"]], float(row["seconds"] or 0))
+    threads = threads_of(options.workers)
+    finished = [  # with as many threads each, so about as many at once
+        (run_of(row), seconds_of(row))
+        for row in rows_so_far(options.out)
+        if run_of(row).steps and row["threads"] == str(threads)
+    ]
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    start = (begin_worker, (options.workers, os.getpid()))
+    start = (begin_worker, (threads, os.getpid()))
     with ProcessPoolExecutor(options.workers, context, *start) as pool:
-        running = {}
+        running = {}  # {future: (run, when it began)}
         while True:
-            left = options.seconds - (time.monotonic() - begin)
-            busy = {*running.values(), *failed}
+            now = time.monotonic()
+            left = options.seconds - (now - begin)
+            busy = {*(run for run, _ in running.values()), *failed}
             todo = [r for r in plan(tasks, rows_so_far(options.out), *wanted) if r not in busy]
-            fits = [run for run in todo if left > longest[run.task] * 1.2]
+            so_far = [now - since for _, since in running.values()]
+            needs = {run: 1.2 * may_take(run, finished, so_far) for run in todo}
+            fits = [run for run in todo if left > needs[run]]
             for run in fits[: options.workers - len(running)]:
-                running[pool.submit(make, run)] = run
+                running[pool.submit(make, run)] = run, now
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                run = running.pop(future)
+                run, _ = running.pop(future)
                 try:
-                    row, took = future.result()
+                    row = future.result()
                 except BrokenProcessPool:
                     raise SystemExit(
                         f"A worker died during {run}; start again with fewer."
@@ -193,12 +225,16 @@ def main():
                     failed.add(run)
                     print(f"{run}: {type(error).__name__}: {error}", flush=True)
                     continue
-                longest[run.task] = max(longest[run.task], took)
                 append_rows(options.out, COLUMNS, [row])
+                took = seconds_of(row)
+                if run.steps:
+                    finished.append((run, took))
                 print(*run, f"-> {row.get('right', '-')} right, validation loss "
                       f"{row.get('valid_loss', '-')}, {took:.0f} s", flush=True)  # fmt: skip
     if failed:
         raise SystemExit(f"{len(failed)} runs failed")
+    if todo:
+        print(f"The time is up; next is {todo[0]}, which may take {needs[todo[0]]:.0f} s.")
     raise SystemExit(3 if todo else 0)
 
 

@@ -1,29 +1,41 @@
 """One chart and one table of a task: how good every method is, what it trains and what it costs.
 
     python benchmarks/report.py grades [--device NAME] [--out FOLDER]
+    python benchmarks/report.py grades --forgetting
 
-Writes results/grades.png and results/grades.md from the stored runs (evidence.csv, cost.csv).
-Each method stands at its best rate, with a 95 % interval that counts seeds and test rows
-(`minipeft.evidence.compare`); the seed that chose the rate is left out. Methods that share a bar at
-the right cannot be told apart (`groups`); a method with fewer than two seeds has no interval and is
-in no group.
+Writes results/grades.png and results/grades.md from the stored runs (evidence.csv, cost.csv), and
+prints the table. Each method stands at its best rate, with a 95 % interval that counts seeds and
+test rows (`minipeft.evidence.compare`); the seed that chose the rate is left out. Methods that
+share a bar at the right cannot be told apart (`groups`); a method with fewer than two seeds has no
+interval and is in no group. A task without right and wrong answers is judged by a loss. Runs that
+diverged are counted in the table and left out of the mean.
+
+--forgetting (`grades`, `transfer`): what a method gains on the task against what it loses on
+English dialogues and on plain text, at every rate that was tried, from the seed that searched: one
+run for each point.
 """
 
 import argparse
+import math
+from collections import Counter
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
+import torch
 from matplotlib import pyplot as plt
 
-from minipeft.evidence import answers_of, at_best_rate, compare, groups, runs_of
+from minipeft.evidence import at_best_rate, compare, groups, runs_of
+from minipeft.refusals import require
+from tasks import LABELLED, TASKS
 from this_machine import all_rows
 
 FOLDER = Path(__file__).resolve().parent / "results"
 PLACES = {  # beginning of a method's name: (where it acts, can it be merged); "-" if not listed
     "prompt tuning": ("input vectors", "no"),
     "P-tuning v2, hidden": ("hidden states of every layer", "no"),
+    "P-tuning v2 hidden": ("hidden states of every layer", "no"),
     "P-tuning v2": ("keys and values of every layer", "no"),
     "P-tuning": ("input vectors, by an encoder", "no"),
     "prefix-tuning": ("keys and values of every layer", "no"),
@@ -32,6 +44,7 @@ PLACES = {  # beginning of a method's name: (where it acts, can it be merged); "
     "LoRA+, all linear": ("weights of all linear layers", "yes"),
     "rsLoRA, all linear": ("weights of all linear layers", "yes"),
     "DoRA, all linear": ("weights of all linear layers", "yes"),
+    "LoRA, seven": ("weights of all linear layers", "yes"),
     "LoRA": ("weights of queries and values", "yes"),
     "biases": ("biases of all linear layers", "is the model"),
     "norms": ("weights of the norms", "is the model"),
@@ -44,6 +57,7 @@ PLACES = {  # beginning of a method's name: (where it acts, can it be merged); "
 COLOURS = {  # of a family; markers beside them, so that colour is never alone
     "input vectors": ("#0072B2", "o"),
     "keys": ("#009E73", "s"),
+    "hidden states": ("#009E73", "s"),
     "after": ("#AA4499", "^"),
     "nothing": ("#7F7F7F", "X"),
     "": ("#D55E00", "D"),
@@ -62,84 +76,290 @@ def style_of(method):
     return next(style for start, style in COLOURS.items() if place.startswith(start))
 
 
-def scores(task, device=None):
-    """({method: its runs at the best rate}, {method: (seeds, rows)} of those with several seeds)"""
-    best = at_best_rate(runs_of(FOLDER / "evidence.csv", task, device), fresh=True)
-    return best, {name: answers_of(runs) for name, runs in best.items() if len(runs) > 1}
+RIGHT = "right of the test rows (%)"
+BY_CHARACTER = "loss on the test answers (nats per character)"
+BY_TOKEN = "validation loss (nats per token)"
+FLOOR = "always the commonest answer"
+LOSSES = {  # {text: what its loss is called in the details}
+    "English dialogues": ("dialogue_loss", "chat_loss"),
+    "plain text": ("text_loss",),
+}
 
 
-def groups_of(judged):
-    """The groups, from as many seeds as every method has."""
-    seeds = min(map(len, judged.values()), default=0)
-    return groups({name: answers[:seeds] for name, answers in judged.items()})
+def results_of(task, device=None):
+    """{name: its runs at the best rate}; the name tells the number of examples if it varies."""
+    runs = runs_of(FOLDER / "evidence.csv", task, device)
+    fixed = {s.method: s.rates for s in TASKS[task][0] if len(s.rates) == 1}  # not searched
+    runs = [run for run in runs if run["lr"] in fixed.get(run["method"], (run["lr"],))]
+    varies = len({run["examples"] for run in runs if run["steps"]}) > 1
+    best = {}
+    for size in sorted({run["examples"] for run in runs}):
+        at_size = at_best_rate([run for run in runs if run["examples"] == size], fresh=True)
+        for method, own in at_size.items():
+            best[f"{method}, {size:,} examples" if varies and size else method] = own
+    return best
 
 
-def draw(task, best, judged, made):
+def measure_of(best):
+    """What the runs are judged by: right answers if there are any, else a loss."""
+    runs = [run for own in best.values() for run in own]
+    if any(len(run["answers"]) for run in runs):
+        return RIGHT
+    return BY_CHARACTER if any("own_losses" in run for run in runs) else BY_TOKEN
+
+
+def score_of(run, measure):
+    """The scores of the test rows, (rows,), more is better; (1,) of a validation loss.
+
+    1 for right and 0 for wrong, or a negative loss. Their mean is that of the run. A run that
+    diverged has none: (0,).
+    """
+    if measure == RIGHT:
+        return run["answers"]
+    if measure == BY_CHARACTER and "own_losses" in run:
+        losses = torch.tensor(run["own_losses"] + run["dialogue_losses"])
+        return -losses * len(losses) / (run["own_chars"] + run["dialogue_chars"])
+    if measure == BY_TOKEN and math.isfinite(run["valid_loss"] or math.inf):
+        return torch.tensor([-run["valid_loss"]])
+    return torch.empty(0)
+
+
+def scores_of(best, measure):
+    """{name: {seed: scores}}, without the runs that diverged."""
+    scores = {name: {run["seed"]: score_of(run, measure) for run in best[name]} for name in best}
+    return {name: {s: x for s, x in own.items() if len(x)} for name, own in scores.items()}
+
+
+def mean_of(own):
+    """The mean of {seed: scores}; minus infinity if all runs diverged."""
+    return torch.stack(list(own.values())).mean().item() if own else -math.inf
+
+
+def half_of(own):
+    """Half of the 95 % interval; 0 where it takes more seeds or rows to have one."""
+    if len(own) < 2 or min(map(len, own.values())) < 2:
+        return 0.0
+    found = compare(torch.stack(list(own.values())))
+    return found.high - found.mean
+
+
+def groups_of(scores):
+    """The groups, from the seeds that all methods with an interval share."""
+    judged = {name: own for name, own in scores.items() if half_of(own)}
+    shared = set.intersection(*map(set, judged.values())) if judged else set()
+    if len(shared) < 2:
+        return []
+    return groups({n: torch.stack([own[s] for s in sorted(shared)]) for n, own in judged.items()})
+
+
+def floor_of(task, scores):
+    """The score of always giving the commonest answer to the test rows; None without labels."""
+    if task not in LABELLED:
+        return None
+    rows = max(len(score) for own in scores.values() for score in own.values())
+    labels = list(LABELLED[task]()["test"]["label"])[:rows]
+    return Counter(labels).most_common(1)[0][1] / rows
+
+
+def draw(task, best, scores, measure, floor):
     """The chart: one line for each method, best first; bars join the groups."""
-    order = sorted(best, key=lambda name: answers_of(best[name]).mean().item())
+    factor = 100 if measure == RIGHT else -1
+    order = sorted(filter(scores.get, best), key=lambda name: mean_of(scores[name]))
     figure, axis = plt.subplots(figsize=(10, 1.6 + 0.36 * len(order)), layout="constrained")
     for y, name in enumerate(order):
         colour, marker = style_of(name)
-        for run in best[name]:
-            axis.plot(100 * run["answers"].mean(), y, ".", color=colour, alpha=0.5, ms=5)
-        mean = answers_of(best[name]).mean().item()
-        half = compare(judged[name]).high - mean if name in judged else 0.0
-        axis.errorbar(100 * mean, y, xerr=100 * half, fmt=marker, color=colour, capsize=4, ms=7)
+        for score in scores[name].values():
+            axis.plot(factor * score.mean(), y, ".", color=colour, alpha=0.5, ms=5)
+        mean, half = mean_of(scores[name]), abs(factor) * half_of(scores[name])
+        axis.errorbar(factor * mean, y, xerr=half, fmt=marker, color=colour, capsize=4, ms=7)
+    if floor is not None:
+        axis.axvline(100 * floor, linestyle=":", color="black", label=FLOOR)
+        axis.legend(loc="lower right", fontsize=8)
     right = axis.get_xlim()[1]
     width = right - axis.get_xlim()[0]
-    for number, group in enumerate(made):
+    bars = groups_of(scores)
+    for number, group in enumerate(bars):
         ys = [order.index(name) for name in group]
         x = right + width * (0.02 + 0.02 * number)
         axis.plot([x, x], [min(ys) - 0.3, max(ys) + 0.3], color="black", linewidth=3)
-    labels = [f"{name} ({best[name][0]['trainable'] or 0:,})" for name in order]
-    axis.set_yticks(range(len(order)), labels)
-    axis.set_xlabel("right of the test rows (%); a small point for each seed")
-    run = best[order[0]][0]
-    axis.set_title(f"{task}, {run['device']}: a bar joins what cannot be told apart", fontsize=11)
+    axis.set_yticks(range(len(order)), [f"{name} ({trainable(best[name])})" for name in order])
+    axis.set_xlabel(f"{measure}; a small point for each seed")
+    device = best[order[0]][0]["device"]
+    meaning = "a bar joins what cannot be told apart" if bars else "too few runs to compare"
+    axis.set_title(f"{task}, {device}: {meaning}", fontsize=11)
     axis.grid(axis="x", alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def table(best, judged, costs):
-    """The same as Markdown, with the costs of each method."""
-    columns = ["method", "where it acts", "trainable parameters", "rate", "step over LoRA's",
-               "peak (GiB)", "write, batch 1 (ms)", "can be merged",
-               "right (%), 95 % interval"]  # fmt: skip
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for name in sorted(best, key=lambda name: -answers_of(best[name]).mean().item()):
+def trainable(runs):
+    """The number of trainable parameters; "-" if no run tells it, as one that diverged."""
+    found = [run["trainable"] for run in runs if run["trainable"] is not None]
+    return f"{found[0]:,}" if found else "-"
+
+
+def lost(run):
+    """Why a run has no score."""
+    return "diverged" if "diverged" in run else "not judged"
+
+
+def in_words(runs, own, measure):
+    """The score of a method with its interval, or with the number of its runs."""
+    factor, digits = (100, 1) if measure == RIGHT else (-1, 3)
+    words = []
+    if own:
+        mean, half = factor * mean_of(own), abs(factor) * half_of(own)
+        interval = f" ({mean - half:.{digits}f} to {mean + half:.{digits}f})"
+        count = ", one run" if len(own) == 1 else f", {len(own)} runs"
+        words = [f"{mean:.{digits}f}{interval if half else count}"]
+    without = Counter(lost(run) for run in runs if run["seed"] not in own)
+    return "; ".join(words + [f"{n} of {len(runs)} {why}" for why, n in without.items()])
+
+
+def table(best, scores, measure, floor, costs):
+    """The same as Markdown, with the costs of each method; no column without an entry."""
+    lines = []
+    for name, runs in best.items():
+        cost = costs.get(runs[0]["method"], {})
         place, merged = place_of(name)
-        mean = 100 * answers_of(best[name]).mean().item()
-        text = f"{mean:.1f}, one run"
-        if name in judged:
-            found = compare(judged[name])
-            text = f"{mean:.1f} ({100 * found.low:.1f} to {100 * found.high:.1f})"
-        cost = costs.get(name, {})
-        lines.append("| " + " | ".join([
-            name, place, f"{best[name][0]['trainable'] or 0:,}", f"{best[name][0]['lr']:g}",
-            *(cost.get(key) or "-" for key in ("step_ratio", "peak_gib", "write_ms_1")),
-            merged, text,
-        ]) + " |")  # fmt: skip
-    return "\n".join(lines) + "\n"
+        costs_of_it = [cost.get(key) or "-" for key in ("step_ratio", "peak_gib", "write_ms_1")]
+        lines.append((mean_of(scores[name]), [
+            name, place, trainable(runs), f"{runs[0]['lr']:g}", *costs_of_it, merged,
+            in_words(runs, scores[name], measure),
+        ]))  # fmt: skip
+    if floor is not None:
+        lines.append((floor, [FLOOR, *["-"] * 7, f"{100 * floor:.1f}"]))
+    lines = [line for _, line in sorted(lines, key=lambda pair: -pair[0])]
+    measure += ", 95 % interval" if any(map(half_of, scores.values())) else ""
+    head = ["method", "where it acts", "trainable parameters", "rate", "step over LoRA's",
+            "peak (GiB)", "write, batch 1 (ms)", "can be merged",
+            measure]  # fmt: skip
+    kept = [i for i in range(len(head)) if any(line[i] != "-" for line in lines)]
+    return markdown([[line[i] for i in kept] for line in (head, *lines)])
 
 
-def main():
-    parser = argparse.ArgumentParser(description="A chart and a table of one task.")
-    parser.add_argument("task")
-    parser.add_argument("--device", help="default: the one with the most runs")
-    parser.add_argument("--out", type=Path, default=FOLDER)
-    options = parser.parse_args()
-    best, judged = scores(options.task, options.device)
+def markdown(rows):
+    """Lists of texts, the first of them the head, as a table."""
+    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+# ---- what was forgotten ------------------------------------------------------------------------
+
+
+def loss_of(run, text):
+    """The loss of a run on a kind of text, or None."""
+    return next((run[key] for key in LOSSES[text] if key in run), None)
+
+
+def forgotten(task, device=None):
+    """The runs of the seed that searched, with three keys more: best, gain, rises.
+
+    best: is it the rate of the lowest validation loss? gain: points over the untrained model; None
+    if the run was not judged. rises: {text: nats per token over the untrained model, or None}.
+    Raises ValueError for a task that measures no loss on other texts.
+    """
+    runs = runs_of(FOLDER / "evidence.csv", task, device)
+    untrained = next((run for run in runs if run["method"] == "zero-shot"), {})
+    require(
+        any(loss_of(untrained, text) is not None for text in LOSSES),
+        f"No run of {task} tells the loss of the untrained model on other texts.",
+    )
+    points = []
+    for method, chosen in at_best_rate([run for run in runs if run["steps"]]).items():
+        own = [run for run in runs if run["method"] == method]
+        first = min(run["seed"] for run in own)
+        for run in sorted((r for r in own if r["seed"] == first), key=lambda run: run["lr"]):
+            change = run["answers"].mean() - untrained["answers"].mean()
+            both = {text: (loss_of(run, text), loss_of(untrained, text)) for text in LOSSES}
+            points.append(run | {
+                "best": run["lr"] == chosen[0]["lr"],
+                "gain": 100 * change.item() if len(run["answers"]) else None,
+                "rises": {t: None if None in two else two[0] - two[1] for t, two in both.items()},
+            })  # fmt: skip
+    require(points, f"No trained run of {task} is there yet.")
+    return points
+
+
+def draw_forgetting(task, points):
+    """Gain against rise for each text: a line joins the rates of a method, a number names it."""
+    texts = [text for text in LOSSES if any(p["rises"][text] is not None for p in points)]
+    figure, axes = plt.subplots(
+        1, len(texts), figsize=(4 + 5 * len(texts), 6), layout="constrained", squeeze=False
+    )
+    methods = list(dict.fromkeys(point["method"] for point in points))
+    for axis, text in zip(axes[0], texts, strict=True):
+        for number, method in enumerate(methods, 1):
+            own = [p for p in points if p["method"] == method and p["gain"] is not None]
+            own = [p for p in own if p["rises"][text] is not None]
+            colour, marker = style_of(method)
+            place = [p["rises"][text] for p in own], [p["gain"] for p in own]
+            axis.plot(*place, f"{marker}-", color=colour, ms=5, lw=0.8, label=f"{number} {method}")
+            for p in own:
+                if p["best"]:
+                    axis.annotate(number, (p["rises"][text], p["gain"]), (4, 4),
+                                  textcoords="offset points", weight="bold")  # fmt: skip
+        axis.set_xscale("symlog", linthresh=0.1)
+        axis.set_xlabel(f"rise of the loss on {text} (nats per token)")
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("gain over the untrained model (points)")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.suptitle(
+        f"{task}, {points[0]['device']}: one run at each rate; the number is at the best one",
+        fontsize=11,
+    )
+    return figure
+
+
+def table_of_forgetting(points):
+    """The same as Markdown."""
+    rows = [["method", "rate", "best rate", "gain (points)",
+             *(f"rise on {text} (nats per token)" for text in LOSSES)]]  # fmt: skip
+    for p in points:
+        gain = lost(p) if p["gain"] is None else f"{p['gain']:+.1f}"
+        rises = ["-" if rise is None else f"{rise:+.3f}" for rise in p["rises"].values()]
+        rows.append([p["method"], f"{p['lr']:g}", "yes" if p["best"] else "", gain, *rises])
+    return markdown(rows)
+
+
+def report(task, device=None):
+    """(figure, table) of a task."""
+    best = results_of(task, device)
+    measure = measure_of(best)
+    scores = scores_of(best, measure)
+    require(any(scores.values()), f"The runs of {task} have neither answers nor losses.")
+    floor = floor_of(task, scores)
     device = next(iter(best.values()))[0]["device"]
     costs = {
         row["method"]: row
         for row in all_rows(FOLDER / "cost.csv")
         if row["device"] == device and row["state"] == "as trained"
     }
-    figure = draw(options.task, best, judged, groups_of(judged))
-    figure.savefig(options.out / f"{options.task}.png", dpi=150)
-    (options.out / f"{options.task}.md").write_text(table(best, judged, costs), encoding="utf-8")
-    print(f"{options.out / options.task}.png and .md")
+    figure = draw(task, best, scores, measure, floor)
+    return figure, table(best, scores, measure, floor, costs)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="A chart and a table of one task.")
+    parser.add_argument("task")
+    parser.add_argument("--forgetting", action="store_true", help="gain against other losses")
+    parser.add_argument("--device", help="default: the one with the most runs")
+    parser.add_argument("--out", type=Path, default=FOLDER)
+    options = parser.parse_args()
+    name = options.task
+    try:
+        if options.forgetting:
+            points = forgotten(options.task, options.device)
+            figure, text = draw_forgetting(options.task, points), table_of_forgetting(points)
+            name += "-forgetting"
+        else:
+            figure, text = report(options.task, options.device)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    figure.savefig(options.out / f"{name}.png", dpi=150)
+    (options.out / f"{name}.md").write_text(text, encoding="utf-8")
+    print(f"{text}\n{options.out / name}.png and .md")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ the seeds for the truth, one over the seeds alone wastes the rows. `compare` cou
 import csv
 import json
 import math
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +25,9 @@ def runs_of(path: str | Path, task: str, device: str | None = None) -> list[dict
     `curve` is {step: training loss}; what stands in `details` becomes a key of its own.
     device: the device whose runs are wanted. Default: the one with the most runs of this task.
     Runs of different devices never come together. Of a run that was made twice, the newer counts.
-    A run that diverged has no answers. Raises ValueError if there is no such run.
+    Nor do students of two teachers (benchmarks/tasks/distillation.py): those of the teacher with
+    fewer runs are left out, with a warning. A run that diverged has no answers.
+    Raises ValueError if there is no such run.
     """
     with open(path, newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["task"] == task]
@@ -33,7 +36,17 @@ def runs_of(path: str | Path, task: str, device: str | None = None) -> list[dict
     key = ("method", "lr", "seed", "steps", "examples")
     newest = {tuple(row[name] for name in key): row for row in rows if row["device"] == device}
     rows = [_parsed(row) for row in newest.values()]
-    require(rows, f"There are no runs of {shown(task)} on {shown(device)} in {path}.")
+    where = f" on {shown(device)}" if device else ""
+    require(rows, f"There are no runs of {shown(task)}{where} in {path}.")
+    teachers = Counter(row["teacher"] for row in rows if "teacher" in row).most_common()
+    if len(teachers) > 1:
+        others = sum(count for _, count in teachers[1:])
+        warnings.warn(
+            f"{others} runs of {task} had another teacher and are left out; delete their rows to "
+            "have them made again.",
+            stacklevel=2,
+        )
+        rows = [row for row in rows if row.get("teacher") == teachers[0][0]]
     return rows
 
 

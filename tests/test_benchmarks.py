@@ -4,9 +4,12 @@ import csv
 import importlib
 import json
 import math
+import re
 import statistics
 import sys
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -276,6 +279,66 @@ def test_no_run_begins_that_would_end_too_late(evidence, tasks, tmp_path, monkey
     assert run_main(evidence, monkeypatch, *words, "900") == 0 and len(rows_of(out)) == 4
 
 
+def test_a_task_without_a_run_is_judged_by_the_others(evidence, tasks, tmp_path, monkeypatch):
+    """Each run takes 100 s; in 250 s there is room for two, whatever their task is."""
+    Setting = importlib.import_module("tasks.training").Setting
+    clock = [0.0]
+
+    def run(*_):
+        clock[0] += 100
+        return {}
+
+    for task in ("fake", "other"):
+        monkeypatch.setitem(tasks.TASKS, task, ([Setting("m", (1.0,), 1, 0, (0, 1))], run))
+    monkeypatch.setattr(evidence, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(evidence, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    out = tmp_path / "evidence.csv"
+    words = ["--tasks", "fake", "other", "--out", str(out), "--seconds", "250"]
+    assert run_main(evidence, monkeypatch, *words) == 3
+    assert [row["task"] for row in rows_of(out)] == ["fake"] * 2 and clock == [200]
+    assert json.loads(rows_of(out)[0]["details"])["whole_seconds"] == 100
+    clock[0] = 1000  # the next call knows how long they took, judging included
+    assert run_main(evidence, monkeypatch, *words[:-1], "110") == 3 and len(rows_of(out)) == 2
+    assert run_main(evidence, monkeypatch, *words) == 0 and len(rows_of(out)) == 4
+
+
+def test_what_a_run_may_take(evidence):
+    def run(task, steps):
+        return evidence.Run(task, "m", 1.0, 0, steps, 0)
+
+    finished = [(run("a", 60), 10.0), (run("a", 60), 20.0), (run("b", 60), 90.0)]
+    assert evidence.may_take(run("a", 60), finished, [500.0]) == 20
+    assert evidence.may_take(run("a", 120), finished, []) == 40
+    assert evidence.may_take(run("a", 0), finished, []) == 20
+    assert evidence.may_take(run("c", 60), finished, [50.0]) == 90
+    assert evidence.may_take(run("c", 60), finished, [95.0]) == 95
+    assert evidence.may_take(run("c", 60), [], []) == 0
+
+
+def test_times_of_other_devices_and_other_workers_do_not_count(
+    evidence, tasks, tmp_path, monkeypatch
+):
+    Setting = importlib.import_module("tasks.training").Setting
+    monkeypatch.setitem(tasks.TASKS, "fake", ([Setting("m", (1.0,), 1)], lambda *run: {}))
+    monkeypatch.setattr(evidence, "ProcessPoolExecutor", Here)
+    out = tmp_path / "evidence.csv"
+    row = evidence.this_machine() | evidence.Run("fake", "old", 1.0, 0, 1, 0)._asdict()
+    others = [row | {"seconds": "100", "device": "card"}, row | {"seconds": "100", "threads": 99}]
+    evidence.append_rows(out, evidence.COLUMNS, others)
+    words = ["--tasks", "fake", "--out", str(out), "--seconds", "90"]
+    assert run_main(evidence, monkeypatch, *words) == 0 and len(rows_of(out)) == 5
+
+
+def test_list_names_every_task_and_what_can_be_next(evidence, tasks, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["evidence.py", "--list", "--out", str(tmp_path / "no.csv")])
+    evidence.main()
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert set(lines) == set(tasks.TASKS)
+    for task, (settings, run) in tasks.TASKS.items():
+        first = sum(max(1, len(setting.rates)) for setting in settings)
+        assert f" 0 runs made, {first:4} can be next" in lines[task] and callable(run)
+
+
 def test_rows_with_other_columns_are_not_appended(tmp_path):
     where, path = importlib.import_module("this_machine"), tmp_path / "rows.csv"
     where.append_rows(path, ["a", "b"], [{"a": 1}])
@@ -319,7 +382,10 @@ def test_an_unknown_task_or_method_is_refused(evidence, monkeypatch, capsys):
 QUICK = {  # {task: method, training rows}
     "grades": ("LoRA+, all linear, r=8", 20),
     "addition": ("biases (added)", 20),
-    "transfer": ("prefix-tuning", 20),
+    "grades_prompts": ("start: class labels", 20),
+    "transfer": ("P-tuning", 20),
+    "bases": ("NF4", 20),
+    "prompts": ("start: text", 20),
     "reviews": ("P-tuning n=10 mlp template", 20),
     "encoder_or_table": ("lstm_table", 20),
     "masking": ("off by one", 20),
@@ -330,15 +396,15 @@ QUICK = {  # {task: method, training rows}
 @pytest.mark.parametrize("task", QUICK)
 def test_a_task_trains_and_judges(task, tasks, tiny, monkeypatch):
     method, examples = QUICK[task]
-    if task == "reviews":  # the placeholder is the first id beyond the vocabulary
+    if task in ("reviews", "transfer"):  # the placeholder is the first id beyond the vocabulary
         reviews = importlib.import_module("tasks.reviews")
         monkeypatch.setattr(reviews, "HOLE_ID", len(tiny()[1]))
-        add = reviews.METHODS["reviews"][method]
+        add = reviews.METHODS[task][method]
         monkeypatch.setitem(
-            reviews.METHODS["reviews"], method,
+            reviews.METHODS[task], method,
             (*add[:2], lambda m: minipeft.add_p_tuning(m, 10, "mlp", None, reviews.HOLE_ID)),
         )  # fmt: skip
-    if task == "grades":  # to its tokenizer, a space is a token of its own
+    if task.startswith("grades"):  # to its tokenizer, a space is a token of its own
         grades = importlib.import_module("tasks.grades")
         monkeypatch.setattr(grades, "GRADES", ("terrible", "bad", "okay", "good", "Yes"))
     if task == "subspaces":
@@ -354,13 +420,14 @@ def test_a_task_trains_and_judges(task, tasks, tiny, monkeypatch):
     assert row["trainable"] > 0 and float(row["train_loss"]) > 0 and float(row["valid_loss"]) > 0
     sizes = {
         "grades": 60, "addition": 500, "masking": 200, "transfer": 60, "reviews": 60,
-        "subspaces": 300,
+        "subspaces": 300, "grades_prompts": 60, "bases": 60, "prompts": 60,
     }  # fmt: skip
     assert row.get("total") == sizes.get(task)
     if task == "grades":
         assert {"dialogue_loss", "text_loss"} == set(row["details"])
     if task == "transfer":
         assert len(row["details"]["tweets"]) == 16
+        assert row["details"]["chat_loss"] > 0 and row["details"]["text_loss"] > 0
 
 
 def test_every_method_of_the_comparison_can_be_added(tiny):
@@ -375,6 +442,39 @@ def test_every_method_of_the_comparison_can_be_added(tiny):
         add(model)
         trained = any(p.requires_grad for p in model.parameters())
         assert trained and (bool(rates) or name == "zero-shot")
+
+
+def test_no_two_methods_begin_as_the_same_model(tiny):
+    """Two rows of a table that show one model would be no comparison, whatever their rates."""
+    methods = importlib.import_module("tasks.methods")
+    subspaces = importlib.import_module("tasks.subspaces").METHODS
+    of_subspaces = {
+        name: (rates, lambda model, add=add: add(model, 0), ratio)
+        for name, (rates, ratio, add) in subspaces.items()
+    }
+    lists = [methods.METHODS, methods.LENGTH, methods.STARTS, methods.BASES, of_subspaces,
+             methods.prompt_starts("Is it good?", (" no", " yes"))]  # fmt: skip
+    for methods_of_list in lists:
+        seen = {}
+        for name, (_, add, *ratio) in methods_of_list.items():
+            model, _ = tiny()
+            torch.manual_seed(0)
+            try:
+                add(model)
+            except ValueError:  # the tiny model has fewer blocks
+                assert "block" in name
+                continue
+            groups = methods.groups_of(name, model, 1.0)
+            ratio = ratio or [max(group["lr"] for group in groups) if groups else None]
+            generator = torch.Generator().manual_seed(0)
+            with torch.no_grad():  # a small step, the same for all: scalings show
+                for p in model.parameters():
+                    if p.requires_grad:
+                        p += 0.05 * torch.randn(p.shape, generator=generator).to(p.dtype)
+                logits = model(torch.arange(6)[None]).logits.float()
+            for other, (before, of_other) in seen.items():
+                assert of_other != ratio or not torch.allclose(logits, before), (name, other)
+            seen[name] = logits, ratio
 
 
 def test_added_biases_change_nothing_and_are_trained_alone(tiny):
@@ -415,7 +515,7 @@ def test_a_student_is_cut_and_trained_as_its_name_says(tasks, tiny, monkeypatch)
     teacher, tokenizer = tiny()
     by_teacher = distillation.answers("distillation", teacher, tokenizer)
     monkeypatch.setattr(
-        distillation, "teacher_of", lambda task: (teacher.eval(), tokenizer, by_teacher)
+        distillation, "teacher_of", lambda task: (teacher.eval(), tokenizer, by_teacher, "abc")
     )
     trained = []
 
@@ -426,11 +526,52 @@ def test_a_student_is_cut_and_trained_as_its_name_says(tasks, tiny, monkeypatch)
     monkeypatch.setattr(distillation, "fit", fit)
     row = distillation.run("distillation", "test", 1e-3, 0, 2, 0)
     stages = row["details"]["stages"]
+    assert row["details"]["teacher"] == "abc"
     assert [stage["step"] for stage in stages] == [0, 1, 1, 2]
     assert [stage["layers"] for stage in stages] == [layers, layers, layers - 1, layers - 1]
     assert stages[0]["as_teacher"] == 8  # not cut yet, so it answers as its teacher
     for names, last in zip(trained, (layers - 1, layers - 2), strict=True):
         assert names and all(n.startswith((f"model.layers.{last}.", "model.norm")) for n in names)
+
+
+def test_all_students_of_a_device_have_one_teacher(tiny, tmp_path, monkeypatch):
+    """Also where two workers train one at once, and after the runner was started again."""
+    distillation = importlib.import_module("tasks.distillation")
+    monkeypatch.setattr(distillation, "TEACHERS", tmp_path)
+    monkeypatch.setattr(distillation, "answers", lambda task, model, tokenizer: [])
+    trained = []
+
+    def train_teacher(task):
+        """Each one is another; while the first is trained, a second worker is faster."""
+        trained.append(task)
+        own = len(trained)
+        if own == 1:
+            faster.append(weights_of_teacher())
+        model, _ = tiny()
+        torch.manual_seed(own)
+        minipeft.add_lora(model)
+        for p in model.parameters():
+            if p.requires_grad:
+                torch.nn.init.normal_(p)
+        return model
+
+    def weights_of_teacher():
+        distillation.teacher_of.cache_clear()  # as in a new process
+        teacher, *_, checksum = distillation.teacher_of("distillation")
+        assert not any("lora" in name for name, _ in teacher.named_parameters())
+        return torch.cat([p.flatten() for p in teacher.parameters()]), checksum
+
+    monkeypatch.setattr(distillation, "train_teacher", train_teacher)
+    monkeypatch.setattr(distillation.os, "getpid", lambda: len(trained))
+    faster = []
+    first, again = weights_of_teacher(), weights_of_teacher()
+    assert len(trained) == 2
+    for weights, checksum in (first, again):
+        assert torch.equal(weights, faster[0][0]) and checksum == faster[0][1]
+    base = torch.cat([p.flatten() for p in tiny()[0].parameters()])
+    assert not torch.equal(first[0], base)
+    assert [path.name for path in tmp_path.iterdir()] == ["distillation-cpu"]  # nothing is left
+    distillation.teacher_of.cache_clear()
 
 
 def test_a_loss_without_labels_does_not_depend_on_them(tiny):
@@ -678,23 +819,40 @@ def test_the_readme_says_what_qlora_measured():
 # ---- the report --------------------------------------------------------------------------------
 
 
-def test_a_report_has_every_method_once_with_its_interval_and_group(tmp_path, monkeypatch):
+def stored_runs(folder, monkeypatch, task, rows):
+    """The report on these runs: a module whose files lie in a folder."""
     report, evidence = importlib.import_module("report"), importlib.import_module("evidence")
+    common = {"device": "card", "task": task, "steps": 1, "examples": 0, "details": "{}"}
+    with open(folder / "evidence.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, evidence.COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows(common | row for row in rows)
+    monkeypatch.setattr(report, "FOLDER", folder)
+    return report
+
+
+def lines_of(text):
+    """A table in Markdown as {name: cells}, in its order."""
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines()]
+    return {row[0]: row[1:] for row in rows[2:]}
+
+
+def share(right, rows=100):
+    return "1" * right + "0" * (rows - right)
+
+
+def test_a_report_has_every_method_once_with_its_interval_and_group(tmp_path, monkeypatch, capsys):
     rows = [
-        {"method": method, "lr": lr, "seed": seed, "valid_loss": loss,
-         "answers": "1" * right + "0" * (100 - right), "trainable": 7}
+        {"method": method, "lr": lr, "seed": seed, "valid_loss": loss, "answers": share(right),
+         "trainable": 7}
         for method, lr, seed, loss, right in [
             ("LoRA, q and v, r=8", 1e-3, 0, 0.4, 99), ("LoRA, q and v, r=8", 3e-3, 0, 0.6, 99),
             ("LoRA, q and v, r=8", 1e-3, 1, 0.5, 80), ("LoRA, q and v, r=8", 1e-3, 2, 0.5, 82),
             ("norms", 1e-3, 0, 0.4, 81),
-            ("norms", 1e-3, 1, 0.4, 81), ("zero-shot", 0.0, 0, 1.0, 20),
+            ("norms", 1e-3, 1, 0.4, 81), ("norms", 1e-3, 2, 0.4, 81), ("zero-shot", 0.0, 0, 1.0, 9),
         ]
     ]  # fmt: skip
-    common = {"device": "card", "task": "grades", "steps": 1, "examples": 0, "details": "{}"}
-    with open(tmp_path / "evidence.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, evidence.COLUMNS, restval="")
-        writer.writeheader()
-        writer.writerows(common | row for row in rows)
+    report = stored_runs(tmp_path, monkeypatch, "grades", rows)
     cost = importlib.import_module("cost")
     with open(tmp_path / "cost.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, cost.COLUMNS, restval="")
@@ -702,17 +860,173 @@ def test_a_report_has_every_method_once_with_its_interval_and_group(tmp_path, mo
         for state, ratio in (("as trained", "0.98"), ("merged", "9")):
             row = {"device": "card", "method": "LoRA, q and v, r=8", "state": state}
             writer.writerow(row | {"step_ratio": ratio})
-    monkeypatch.setattr(report, "FOLDER", tmp_path)
     monkeypatch.setattr(sys, "argv", ["report.py", "grades", "--out", str(tmp_path)])
     report.main()
-    lines = (tmp_path / "grades.md").read_text().splitlines()[2:]
-    assert [line.split(" | ")[0] for line in lines] == [
-        "| LoRA, q and v, r=8", "| norms", "| zero-shot",
+    text = (tmp_path / "grades.md").read_text()
+    assert text in capsys.readouterr().out
+    lines = lines_of(text)
+    assert list(lines) == [
+        "LoRA, q and v, r=8",
+        "norms",
+        "always the commonest answer",
+        "zero-shot",
+    ]
+    lora = lines["LoRA, q and v, r=8"]  # without the seed that chose
+    assert lora[2:4] == ["0.001", "0.98"] and lora[-1].startswith("81.0 (")
+    assert lines["zero-shot"][-1] == "9.0, one run"
+    labels = minipeft.load_grades()["test"]["label"][:100]
+    assert lines["always the commonest answer"][-1] == f"{Counter(labels).most_common(1)[0][1]:.1f}"
+    assert (tmp_path / "grades.png").stat().st_size > 10_000
+    best = report.results_of("grades")
+    scores = report.scores_of(best, report.measure_of(best))
+    assert report.groups_of(scores) == [["LoRA, q and v, r=8", "norms"]]
+    (axis,) = report.draw("grades", best, scores, report.RIGHT, 0.25).axes
+    dotted = [line for line in axis.lines if line.get_linestyle() == ":"]
+    assert [list(line.get_xdata()) for line in dotted] == [[25.0, 25.0]]
+
+
+def test_methods_are_compared_at_the_seeds_that_all_of_them_have(tmp_path, monkeypatch):
+    """One seed of "norms" diverged; its third is not the second of another."""
+    rows = [
+        {"method": method, "lr": 1e-3, "seed": seed, "answers": share(50 + 10 * seed)}
+        for method in ("norms", "head") for seed in range(4) if (method, seed) != ("norms", 1)
     ]  # fmt: skip
-    assert "| 0.001 | 0.98 | " in lines[0] and " 81.0 (" in lines[0]  # without the seed that chose
-    assert "20.0, one run" in lines[2] and (tmp_path / "grades.png").stat().st_size > 10_000
-    _, judged = report.scores("grades")
-    assert report.groups_of(judged) == [["LoRA, q and v, r=8", "norms"]]
+    failed = {"method": "norms", "lr": 1e-3, "seed": 1, "valid_loss": "inf",
+              "details": '{"diverged": "nan"}'}  # fmt: skip
+    report = stored_runs(tmp_path, monkeypatch, "grades", [*rows, failed])
+    seen = {}
+    monkeypatch.setattr(report, "groups", lambda judged: seen.update(judged) or [])
+    _, text = report.report("grades")
+    assert torch.equal(seen["norms"], seen["head"]) and len(seen["head"]) == 3
+    assert lines_of(text)["norms"][-1].endswith("; 1 of 4 diverged")
+    assert "diverged" not in lines_of(text)["head"][-1]
+    report = stored_runs(tmp_path, monkeypatch, "grades", [rows[0] | {"method": "head"}, failed])
+    assert lines_of(report.report("grades")[1])["norms"][-1] == "1 of 1 diverged"
+
+
+def test_the_report_has_a_line_for_each_number_of_examples(tmp_path, monkeypatch):
+    rows = [
+        {"method": "LoRA", "lr": lr, "seed": seed, "examples": size, "answers": share(50),
+         "valid_loss": abs(lr - size)}
+        for size in (100, 1000) for lr, seed in ((100, 0), (1000, 0), (size, 1))
+    ]  # fmt: skip
+    report = stored_runs(tmp_path, monkeypatch, "grades_examples", rows)
+    lines = lines_of(report.report("grades_examples")[1])
+    rates = {name: cells[1] for name, cells in lines.items() if name.startswith("LoRA")}
+    assert rates == {"LoRA, 100 examples": "100", "LoRA, 1,000 examples": "1000"}
+
+
+def test_a_task_without_answers_is_judged_by_its_loss(tmp_path, monkeypatch):
+    rows = [{"method": "mlp", "lr": 1e-3, "seed": seed, "valid_loss": loss, "trainable": 5}
+            for seed, loss in enumerate((0.25, 0.75))]  # fmt: skip
+    rows.append({"method": "lstm", "lr": 1e-3, "seed": 0, "valid_loss": 0.25})
+    report = stored_runs(tmp_path, monkeypatch, "encoder_or_table", rows)
+    lines = lines_of(report.report("encoder_or_table")[1])
+    assert list(lines) == ["lstm", "mlp"]  # the lower, the better
+    assert lines["lstm"] == ["-", "0.001", "0.250, one run"]
+    assert lines["mlp"] == ["5", "0.001", "0.500, 2 runs"]
+
+    def details(*losses):
+        one = {"own_losses": losses, "own_chars": 9, "dialogue_losses": [1.0], "dialogue_chars": 1}
+        return json.dumps(one)
+
+    rows = [{"method": "LoRA", "lr": 2e-3, "seed": seed, "details": details(3.0, 4.0 + seed)}
+            for seed in (0, 2)]  # fmt: skip
+    report = stored_runs(tmp_path, monkeypatch, "chinese", rows)
+    assert lines_of(report.report("chinese")[1])["LoRA"][-1].startswith("0.900 (")
+    report = stored_runs(tmp_path, monkeypatch, "chinese", [rows[0] | {"details": "{}"}])
+    with pytest.raises(ValueError, match="neither answers nor losses"):
+        report.report("chinese")
+
+
+def test_every_task_has_a_report_or_a_sentence(tasks, monkeypatch, tmp_path):
+    report = importlib.import_module("report")
+    stored = {row["task"] for row in rows_of(RESULTS)}
+    for task in tasks.TASKS:
+        if task in stored:
+            _, text = report.report(task)
+            methods = {row["method"] for row in rows_of(RESULTS) if row["task"] == task}
+            names = lines_of(text)
+            assert all(any(name.startswith(method) for name in names) for method in methods)
+        else:
+            monkeypatch.setattr(sys, "argv", ["report.py", task, "--out", str(tmp_path)])
+            with pytest.raises(SystemExit, match=f"There are no runs of '{task}' in "):
+                report.main()
+        report.plt.close("all")
+    assert not any(tmp_path.iterdir())
+
+
+def test_gain_against_forgetting_at_every_rate(tmp_path, monkeypatch, capsys):
+    def run(method, lr, seed, loss, right, **details):
+        answers = {"answers": share(right)} if right is not None else {}
+        return {"method": method, "lr": lr, "seed": seed, "valid_loss": loss, "trainable": 1,
+                "steps": 0 if method == "zero-shot" else 1, "details": json.dumps(details),
+                } | answers  # fmt: skip
+
+    rows = [
+        run("zero-shot", 0, 0, 1.0, 20, dialogue_loss=2.0, text_loss=3.0),
+        run("LoRA", 3e-3, 0, 0.5, 60, dialogue_loss=2.5, text_loss=3.25),
+        run("LoRA", 1e-3, 0, 0.4, 50, dialogue_loss=2.25, text_loss=3.0),
+        run("LoRA", 1e-3, 1, 0.4, 90, dialogue_loss=9.0, text_loss=9.0),
+        run("norms", 1e-3, 0, 0.4, 30, chat_loss=2.0),  # a run from before plain text
+        run("norms", 1e-1, 0, "inf", None, diverged="nan"),
+    ]
+    report = stored_runs(tmp_path, monkeypatch, "grades", rows)
+    words = ["report.py", "grades", "--forgetting", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    report.main()
+    text = (tmp_path / "grades-forgetting.md").read_text()
+    assert text in capsys.readouterr().out and (tmp_path / "grades-forgetting.png").exists()
+    assert [line.strip("| ").split(" | ") for line in text.splitlines()[2:]] == [
+        ["LoRA", "0.001", "yes", "+30.0", "+0.250", "+0.000"],
+        ["LoRA", "0.003", "", "+40.0", "+0.500", "+0.250"],
+        ["norms", "0.001", "yes", "+10.0", "+0.000", "-"],
+        ["norms", "0.1", "", "diverged", "-", "-"],
+    ]
+    points = report.forgotten("grades")
+    dialogues, plain = report.draw_forgetting("grades", points).axes[:2]
+    places = [list(zip(*line.get_data(), strict=True)) for line in dialogues.lines]
+    assert places == [
+        [(0.25, pytest.approx(30)), (0.5, pytest.approx(40))],
+        [(0, pytest.approx(10))],
+    ]
+    assert [len(line.get_xdata()) for line in plain.lines] == [2, 0]
+    report = stored_runs(tmp_path, monkeypatch, "grades", rows[1:])
+    with pytest.raises(SystemExit, match="No run of grades tells the loss of the untrained model"):
+        report.main()
+    report = stored_runs(tmp_path, monkeypatch, "grades", rows[:1])
+    with pytest.raises(SystemExit, match="No trained run of grades"):
+        report.main()
+    monkeypatch.setattr(report, "FOLDER", RESULTS.parent)
+    assert {point["method"] for point in report.forgotten("transfer")} >= {"LoRA", "all blocks"}
+
+
+def readme_of_gpu_runs():
+    return (FOLDER / "README.md").read_text(encoding="utf-8").split("## Runs that need a GPU")[1]
+
+
+def test_the_commands_for_a_gpu_make_the_runs_of_every_task(tasks):
+    lines = [line for line in readme_of_gpu_runs().splitlines() if "evidence.py --tasks" in line]
+    named = [word for line in lines for word in line.split("--tasks")[1].split("--")[0].split()]
+    assert sorted(named) == sorted(tasks.TASKS)
+    assert all("--seconds 580" in line for line in lines)  # each command has ten minutes
+
+
+def test_the_readme_says_which_notebooks_read_which_runs(tasks):
+    read = {}
+    notebooks = FOLDER.parent / "notebooks"
+    for path in sorted(notebooks.rglob("*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        source = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+        for line in source.splitlines():
+            if "runs_of(" in line or "evidence(" in line:
+                number = path.relative_to(notebooks).with_suffix("").as_posix().split("_")[0]
+                for task in re.findall(r'(?<!\[)"(\w+)"', line):  # not run["examples"]
+                    read.setdefault(task, set()).add(number)
+    table = re.findall(r"^\| `(\w+)` \| (.+) \|$", readme_of_gpu_runs(), re.MULTILINE)
+    assert {task: set(cell.split(", ")) for task, cell in table} == {
+        task: numbers for task, numbers in read.items() if task in tasks.TASKS
+    }
 
 
 def test_the_report_says_what_can_be_merged(tiny):

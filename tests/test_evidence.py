@@ -2,6 +2,7 @@
 
 import csv
 import math
+import warnings
 
 import pytest
 import torch
@@ -196,10 +197,24 @@ def test_runs_of_two_devices_never_come_together(tmp_path):
     path = stored(tmp_path / "runs.csv", {"seed": "0"}, {"seed": "1"}, {"device": "gpu"})
     assert [run["device"] for run in runs_of(path, "t")] == ["cpu", "cpu"]
     assert [run["device"] for run in runs_of(path, "t", "gpu")] == ["gpu"]
-    with pytest.raises(ValueError, match="There are no runs of 'none'"):
+    with pytest.raises(ValueError, match="There are no runs of 'none' in"):
         runs_of(path, "none")
     with pytest.raises(ValueError, match="on 'tpu'"):
         runs_of(path, "t", "tpu")
+
+
+def test_students_of_two_teachers_never_come_together(tmp_path):
+    path = stored(
+        tmp_path / "runs.csv",
+        *({"seed": str(seed), "details": f'{{"teacher": "{teacher}"}}'}
+          for seed, teacher in enumerate("abb")),
+        {"task": "one", "details": '{"teacher": "a"}'}, {"task": "one", "seed": "1"},
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="1 runs of t had another teacher and are left out"):
+        assert [run["seed"] for run in runs_of(path, "t")] == [1, 2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(runs_of(path, "one")) == 2  # older rows do not tell
 
 
 def test_the_best_rate_is_that_of_the_first_seeds_lowest_validation_loss(tmp_path):

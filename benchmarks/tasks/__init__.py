@@ -2,6 +2,7 @@
 
 from functools import partial
 
+from minipeft import load_grades, load_reviews
 from tasks import (
     addition,
     chinese,
@@ -25,4 +26,10 @@ TASKS = {
         for task in distillation.LISTS
     },
     "chinese": (chinese.SETTINGS, chinese.run),
+}
+# {task: what loads its labelled rows}, where an answer is one of a few words: the test rows are the
+# first of the split.
+LABELLED = {
+    **dict.fromkeys(grades.LISTS, load_grades),
+    **dict.fromkeys([*reviews.METHODS, "masking", "subspaces", "distillation"], load_reviews),
 }

@@ -16,9 +16,19 @@ SmolLM2 as it comes, not out of the teacher. Losses:
 Two tasks: `distillation` on the film reviews (600 to judge by), and `distil_addition` on 1,000 sums
 of three digits, where the student has to write the answer. `stages` in the details are the state
 after each cut and each training.
+
+All students of a device have one teacher. On a GPU a second training would give a slightly
+different one, so the first is kept, as an adapter, in results/teachers; `teacher` in the details
+are the first digits of its checksum. `minipeft.evidence.runs_of` compares no students of two
+teachers.
 """
 
 import functools
+import hashlib
+import os
+import shutil
+import time
+from pathlib import Path
 
 import torch
 
@@ -29,9 +39,11 @@ from minipeft import (
     count_parameters,
     distil_from,
     freeze,
+    load_adapter,
     load_base,
     load_reviews,
     merge_lora,
+    save_adapter,
     student_from_layers,
     unfreeze,
     unload_lora,
@@ -40,8 +52,10 @@ from minipeft.freezing import blocks
 from minipeft.memory.shapes import ALL_LINEAR
 from tasks.addition import load_sums
 from tasks.training import Setting, first, fit, fresh, loss_on, marked
+from this_machine import this_machine
 
 BATCH, TESTS = 16, 600
+TEACHERS = Path(__file__).resolve().parents[1] / "results" / "teachers"
 ROUTES = {
     "first 15": [range(15)],
     "first 15, untuned": [range(15)],
@@ -118,17 +132,41 @@ def splits_of(task):
     return dict(reviews) | {"test": first(reviews["test"], TESTS)}
 
 
-@functools.cache
-def teacher_of(task):
-    """(SmolLM2 fine-tuned with LoRA and merged into a plain model, its tokenizer, its answers)"""
+def train_teacher(task):
+    """SmolLM2 fine-tuned with LoRA."""
     summing = task == "distil_addition"
     add = (lambda m: add_lora(m, 8, 16, targets=ALL_LINEAR)) if summing else add_lora
     model, tokenizer = fresh(add, 0)
     how = {"lr": 1e-3, "steps": 600, "batch": 16} if summing else {"lr": 2e-3, "steps": 60}
     fit(model, tokenizer, splits_of(task)["train"], seed=0, **how)
-    merge_lora(model)
+    return model
+
+
+def adapter_of(task):
+    """The folder with the adapter of the teacher of this device; it is trained if there is none.
+
+    Workers that train one at the same time all take the one that is there first.
+    """
+    folder = TEACHERS / f"{task}-{this_machine()['device']}".replace(" ", "-")
+    if not folder.exists():
+        own = folder.with_name(f".{folder.name}-{os.getpid()}")
+        save_adapter(train_teacher(task), own)
+        try:
+            os.rename(own, folder)  # fails if another worker's is there by now
+        except OSError:
+            shutil.rmtree(own)
+    return folder
+
+
+@functools.cache
+def teacher_of(task):
+    """(the teacher, a plain model; its tokenizer, its answers, its checksum)"""
+    folder = adapter_of(task)
+    model, tokenizer = load_base()
+    merge_lora(load_adapter(model, folder))
     teacher = unload_lora(model).eval()
-    return teacher, tokenizer, answers(task, teacher, tokenizer)
+    checksum = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()[:12]
+    return teacher, tokenizer, answers(task, teacher, tokenizer), checksum
 
 
 def answers(task, model, tokenizer):
@@ -148,7 +186,8 @@ def wanted(task):
 
 def run(task, method, lr, seed, steps, examples):
     """Cut and train by one route. Returns {column: value}."""
-    teacher, tokenizer, by_teacher = teacher_of(task)
+    teacher, tokenizer, by_teacher, checksum = teacher_of(task)
+    begin = time.monotonic()  # the teacher is there now, for the next run too
     route, last, loss, temperature, _ = LISTS[task][method]
     splits, right_ones = splits_of(task), wanted(task)
     training = splits["train"]
@@ -172,7 +211,8 @@ def run(task, method, lr, seed, steps, examples):
         stages.append(stage)
     row |= {"valid_loss": loss_on(model, tokenizer, splits["validation"])} | columns
     taught = sum(a == b for a, b in zip(by_teacher, right_ones, strict=True))
-    row["details"] = {"teacher_right": taught, "stages": stages}
+    row["details"] = {"teacher": checksum, "teacher_right": taught, "stages": stages}
+    row["details"] |= {"whole_seconds": round(time.monotonic() - begin, 1)}
     return row
 
 

@@ -2,21 +2,31 @@
 
 The model reads a snippet and says one of five words. 9,103 rows to train on, 500 to choose the rate
 by, 1,000 to judge by: `load_grades`. Floors: the untrained model, and always saying the commonest
-word (" good", 220 of 1,000). `dialogue_loss` and `text_loss`, in nats per target token on English
-dialogues and on sentences of newspaper editorials, tell what the model forgot meanwhile. The tasks:
+word. `dialogue_loss` and `text_loss`, in nats per target token on English dialogues and on
+sentences of newspaper editorials, tell what the model forgot meanwhile. The tasks:
 
   grades           every method of the course, 500 steps of 16
   grades_depth, grades_length, grades_starts, grades_bases
                    the lists of these names in methods.py, 500 steps
+  grades_prompts   the starts of prompt tuning, 500 steps
   grades_examples  100 or 1,000 rows to learn from, for three methods
 """
 
-from minipeft import load_dialogues, load_grades, load_reviews
+from minipeft import load_grades
 from minipeft.assets.datasets import GRADES
-from tasks.methods import BASES, DEPTH, LENGTH, METHODS, STARTS, groups_of
-from tasks.training import Setting, fit, fresh, label_words, loss_on
+from tasks.methods import BASES, DEPTH, LENGTH, METHODS, STARTS, groups_of, prompt_starts
+from tasks.training import (
+    Setting,
+    dialogues,
+    fit,
+    fresh,
+    label_words,
+    loss_on,
+    plain_text,
+)
 
 BATCH, SEEDS = 16, (0, 1, 2, 3, 4, 5)  # the first chooses the rate, five judge
+QUESTION = "Is this film terrible, bad, okay, good or great?"
 COMPARED = ("prompt tuning, n=20", "LoRA, all linear, r=8", "all blocks")
 LISTS = {
     "grades": METHODS,
@@ -24,6 +34,7 @@ LISTS = {
     "grades_length": LENGTH,
     "grades_starts": STARTS,
     "grades_bases": BASES,
+    "grades_prompts": prompt_starts(QUESTION, GRADES),
     "grades_examples": {method: METHODS[method] for method in COMPARED},
 }
 
@@ -49,18 +60,8 @@ def run(task, method, lr, seed, steps, examples):
     row = fit(model, tokenizer, training, lr=lr, seed=seed, steps=steps, batch=BATCH, groups=groups)
     row |= {"valid_loss": loss_on(model, tokenizer, rows["validation"])}
     row |= label_words(model, tokenizer, rows["test"], GRADES)
-    talk = load_dialogues()["test"].map(lambda r: {"prompt": f"{r['prompt']}\nAnswer:"})
     row["details"] = {
-        "dialogue_loss": float(loss_on(model, tokenizer, talk)),
+        "dialogue_loss": float(loss_on(model, tokenizer, dialogues())),
         "text_loss": float(loss_on(model, tokenizer, plain_text())),
     }
     return row
-
-
-def plain_text():
-    """Sentences of editorials: the first word as the prompt, the rest as the answer."""
-    rows = []
-    for text in load_reviews("editorials", 0.0)["test"]["text"]:
-        first, space, rest = text.partition(" ")
-        rows += [{"prompt": first, "answer": space + rest}] if rest else []
-    return rows

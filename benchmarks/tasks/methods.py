@@ -8,6 +8,10 @@ The runner tries more rates while the best one stands at an end of those it has.
   STARTS   a prefix trained with its projection, or folded before the first step: the same start,
            and only the parametrisation differs
   BASES    LoRA on the weights as loaded, in bfloat16 and in NF4 (QLoRA)
+  prompt_starts  the starts of prompt tuning, for a text and the label words of a task
+
+LoRA's alpha is 16 here and does not change with r (Hu et al. 2022, section 4.1; Kalajdzievski
+2023): its scaling alpha/r is 16, 2 and 1/4 for r = 1, 8 and 64; rsLoRA's, alpha/sqrt(r), 2 for 64.
 """
 
 import torch
@@ -58,10 +62,12 @@ METHODS = {
     "P-tuning v2, hidden, n=10": ((3e-3, 1e-2, 3e-2), lambda m: add_p_tuning_v2(m, 10, "hidden")),
     "adapters, m=16": (MIDDLE, lambda m: add_adapters(m, 16)),
     "LoRA, q and v, r=8": ((1e-3, 3e-3, 1e-2), add_lora),
-    "LoRA, all linear, r=1": ((1e-3, 3e-3, 1e-2), lambda m: add_lora(m, 1, 2, targets=ALL_LINEAR)),
+    "LoRA, all linear, r=1, alpha=16": (MIDDLE, lambda m: add_lora(m, 1, 16, targets=ALL_LINEAR)),
     "LoRA, all linear, r=8": (MIDDLE, lora),
-    "LoRA, all linear, r=64": (LOW, lambda m: add_lora(m, 64, 128, targets=ALL_LINEAR)),
-    "rsLoRA, all linear, r=64": (
+    "LoRA, all linear, r=64, alpha=16": (
+        MIDDLE, lambda m: add_lora(m, 64, 16, targets=ALL_LINEAR),
+    ),
+    "rsLoRA, all linear, r=64, alpha=16": (
         LOW, lambda m: add_lora(m, 64, 16, targets=ALL_LINEAR, scaling="rslora"),
     ),
     "LoRA+, all linear, r=8": (LOW, lora),
@@ -92,6 +98,21 @@ BASES = {
     "bfloat16": (MIDDLE, lambda m: lora(m.to(torch.bfloat16))),
     "NF4": (MIDDLE, lambda m: lora(quantize_base(m))),
 }
+
+
+def prompt_starts(text, words):
+    """{start: as above} of 20 trained vectors (Lester et al. 2021, section 3.2).
+
+    words: the label words of the task; they and the text are repeated or cut to 20 tokens.
+    """
+    starts = {"random": ("random",), "vocabulary": ("vocab",),
+              "class labels": ("text", "".join(words)), "text": ("text", text)}  # fmt: skip
+    return {
+        f"start: {name}": (HIGH, lambda m, start=start: add_prompt_tuning(m, 20, *start))
+        for name, start in starts.items()
+    }
+
+
 B_OVER_A = 16  # learning rate of B over that of A in LoRA+ (Hayou et al. 2024, section 5)
 
 

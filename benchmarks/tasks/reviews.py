@@ -1,17 +1,18 @@
 """The film reviews of the notebooks, 600 of them to judge by: curves, other texts, few examples.
 
-SmolLM2 takes 8 reviews a step; the targets are the label word and the end of the text. Six tasks
-use this file:
+SmolLM2 takes 8 reviews a step; the targets are the label word and the end of the text. The tasks:
 
   reviews    each method at the settings of its notebook, with the training curve
   transfer   nine methods, judged by other kinds of text too: sentences about products, editorials,
-             tweets; and by the loss on English dialogues, in nats per token of the answer: has the
-             model forgotten how to talk? "question" is the untrained model with the words that
-             prompt tuning and prefix-tuning start from, typed before the review.
+             tweets; and by the loss on English dialogues (`chat_loss`) and on plain text, in nats
+             per token: what has the model forgotten? "question" is the untrained model with the
+             words that prompt tuning and prefix-tuning start from, typed before the review. The
+             first runs in the file have no `text_loss`.
   examples   three methods learn from 10, 100 or 3,000 reviews, 60 steps or one pass through 3,000.
              Each seed draws its own; the rates are those of `reviews`.
-  depth, length, starts
+  depth, length, starts, bases
              the lists of these names in methods.py; the rate is searched for each entry
+  prompts    the starts of prompt tuning
 """
 
 from minipeft import (
@@ -21,12 +22,20 @@ from minipeft import (
     add_p_tuning_v2,
     add_prefix_tuning,
     add_prompt_tuning,
-    load_dialogues,
     load_reviews,
 )
 from minipeft.freezing import only_head, only_last_blocks, only_norms
-from tasks.methods import DEPTH, LENGTH, STARTS
-from tasks.training import Setting, first, fit, fresh, label_words, loss_on
+from tasks.methods import BASES, DEPTH, LENGTH, STARTS, prompt_starts
+from tasks.training import (
+    Setting,
+    dialogues,
+    first,
+    fit,
+    fresh,
+    label_words,
+    loss_on,
+    plain_text,
+)
 
 TEXT = "Is this film review positive or negative?"
 HOLE, HOLE_ID = "<v>", 49152  # the first id beyond SmolLM2's vocabulary: a placeholder
@@ -82,10 +91,16 @@ METHODS = {
         "adapters": ((1e-3, 2e-3), 60, lambda m: add_adapters(m, 16)),
         "norms": ((3e-3, 1e-2), 60, only_norms),
         "head": ((3e-3,), 60, lambda m: only_head(m, untie=True)),
-        "all blocks": ((1e-4,), 60, lambda m: only_last_blocks(m, 30)),
+        "all blocks": ((3e-5, 1e-4, 3e-4), 60, lambda m: only_last_blocks(m, 30)),
     },
 }  # fmt: skip
-for _task, _methods in (("depth", DEPTH), ("length", LENGTH), ("starts", STARTS)):
+for _task, _methods in {
+    "depth": DEPTH,
+    "length": LENGTH,
+    "starts": STARTS,
+    "bases": BASES,
+    "prompts": prompt_starts(TEXT, (" negative", " positive")),
+}.items():
     METHODS[_task] = {name: (rates, 60, add) for name, (rates, add) in _methods.items()}
 METHODS["examples"] = {
     name: (rates, 60, METHODS["transfer"][name][2])
@@ -123,8 +138,12 @@ def run(task, method, lr, seed, steps, examples):
     row |= {"valid_loss": loss_on(model, tokenizer, validation)}
     row |= label_words(model, tokenizer, first(splits["test"], TESTS))
     if task == "transfer":
-        talk = load_dialogues()["test"].map(lambda r: {"prompt": f"{r['prompt']}\nAnswer:"})
-        row["details"] = {"chat_loss": float(loss_on(model, tokenizer, filled(talk)))}
+        start = HOLE * 10 if template else ""  # plain text asks nothing that could be framed
+        plain = [one | {"prompt": start + one["prompt"]} for one in plain_text()]
+        row["details"] = {
+            "chat_loss": float(loss_on(model, tokenizer, filled(dialogues()))),
+            "text_loss": float(loss_on(model, tokenizer, plain)),
+        }
         for kind in OTHERS:
             rows = filled(first(load_reviews(kind)["test"], OTHER_TESTS))
             row["details"][kind] = label_words(model, tokenizer, rows)["answers"]

@@ -14,6 +14,8 @@ from minipeft import (
     encode,
     evaluate,
     load_base,
+    load_dialogues,
+    load_reviews,
     train,
 )
 
@@ -90,6 +92,20 @@ def batches_of(tokenizer, rows, size=32):
 def loss_on(model, tokenizer, rows):
     """The mean loss on the answers, in nats per target token, as text for the file."""
     return f"{evaluate(model, batches_of(tokenizer, rows)):.4f}"
+
+
+def dialogues():
+    """English dialogues as rows with a prompt and an answer: can the model still talk?"""
+    return load_dialogues()["test"].map(lambda r: {"prompt": f"{r['prompt']}\nAnswer:"})
+
+
+def plain_text():
+    """Sentences of editorials: the first word as the prompt, the rest as the answer."""
+    rows = []
+    for text in load_reviews("editorials", 0.0)["test"]["text"]:
+        first, space, rest = text.partition(" ")
+        rows += [{"prompt": first, "answer": space + rest}] if rest else []
+    return rows
 
 
 def marked(right):
