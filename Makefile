@@ -60,7 +60,7 @@ unit: $(VENV)/test.stamp
 	$(IN_PAIRS) --dist worksteal tests
 
 nbval: $(VENV)/test.stamp
-	$(IN_PAIRS) --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=900 \
+	$(IN_PAIRS) --dist loadfile --no-loadscope-reorder --nbval-lax --nbval-current-env --nbval-cell-timeout=900 \
 	  --durations=0 notebooks solutions
 
 # Run every notebook and keep its outputs; commit what comes out.

@@ -138,11 +138,11 @@ TINY = {
 }  # fmt: skip
 MEDIUM = {
     "llama": LlamaConfig(
-        hidden_size=512, intermediate_size=1400, num_hidden_layers=6, num_attention_heads=8,
+        hidden_size=512, intermediate_size=1400, num_hidden_layers=3, num_attention_heads=8,
         num_key_value_heads=4, vocab_size=8000, **SPECIAL,
     ),
-    "gpt2": GPT2Config(n_embd=512, n_layer=6, n_head=8, vocab_size=8000, **SPECIAL),
-    "bloom": BloomConfig(hidden_size=512, n_layer=6, n_head=8, vocab_size=8000, **SPECIAL),
+    "gpt2": GPT2Config(n_embd=512, n_layer=3, n_head=8, vocab_size=8000, **SPECIAL),
+    "bloom": BloomConfig(hidden_size=512, n_layer=3, n_head=8, vocab_size=8000, **SPECIAL),
 }  # fmt: skip
 STEPS = [
     {},
