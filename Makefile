@@ -15,11 +15,10 @@ BIN = $(VENV)/bin
 lab: $(VENV)/lab.stamp assets
 	$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" $(LAB_OPTIONS) notebooks/00_start_here.ipynb
 
-# What keeps one core busy is done side by side; the tests then keep two.
+# What keeps one core busy is done side by side; the tests keep two.
 test:
 	$(MAKE) -j2 $(VENV)/test.stamp browser
-	$(MAKE) -j2 assets check
-	$(MAKE) unit
+	$(MAKE) -j2 check unit
 	$(MAKE) nbval
 
 $(VENV)/pyvenv.cfg:
@@ -56,10 +55,10 @@ check: $(VENV)/test.stamp
 IN_PAIRS = OMP_NUM_THREADS=$$($(BIN)/python -c "import os; print(max(1, os.cpu_count() // 2))") \
   $(BIN)/python -m pytest -p tests.warm_kernels -n 2
 
-unit: $(VENV)/test.stamp
+unit: $(VENV)/test.stamp assets
 	$(IN_PAIRS) --dist worksteal tests
 
-nbval: $(VENV)/test.stamp
+nbval: $(VENV)/test.stamp assets
 	$(IN_PAIRS) --dist loadfile --no-loadscope-reorder --nbval-lax --nbval-current-env --nbval-cell-timeout=900 \
 	  --durations=0 notebooks solutions
 
