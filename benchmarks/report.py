@@ -1,7 +1,6 @@
 """One chart and one table of a task: how good every method is, what it trains and what it costs.
 
     python benchmarks/report.py grades [--device NAME] [--out FOLDER]
-    python benchmarks/report.py grades --forgetting
 
 Writes results/grades.png and results/grades.md from the stored runs (evidence.csv, cost.csv), and
 prints the table. Each method stands at its best rate, with a 95 % interval that counts seeds and
@@ -9,10 +8,6 @@ test rows (`minipeft.evidence.compare`); the seed that chose the rate is left ou
 share a bar at the right cannot be told apart (`groups`); a method with fewer than two seeds has no
 interval and is in no group. A task without right and wrong answers is judged by a loss. Runs that
 diverged are counted in the table and left out of the mean.
-
---forgetting (`grades`, `transfer`): what a method gains on the task against what it loses on
-English dialogues and on plain text, at every rate that was tried, from the seed that searched: one
-run for each point.
 """
 
 import argparse
@@ -80,10 +75,6 @@ RIGHT = "right of the test rows (%)"
 BY_CHARACTER = "loss on the test answers (nats per character)"
 BY_TOKEN = "validation loss (nats per token)"
 FLOOR = "always the commonest answer"
-LOSSES = {  # {text: what its loss is called in the details}
-    "English dialogues": ("dialogue_loss", "chat_loss"),
-    "plain text": ("text_loss",),
-}
 
 
 def results_of(task, device=None):
@@ -244,85 +235,6 @@ def markdown(rows):
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-# ---- what was forgotten ------------------------------------------------------------------------
-
-
-def loss_of(run, text):
-    """The loss of a run on a kind of text, or None."""
-    return next((run[key] for key in LOSSES[text] if key in run), None)
-
-
-def forgotten(task, device=None):
-    """The runs of the seed that searched, with three keys more: best, gain, rises.
-
-    best: is it the rate of the lowest validation loss? gain: points over the untrained model; None
-    if the run was not judged. rises: {text: nats per token over the untrained model, or None}.
-    Raises ValueError for a task that measures no loss on other texts.
-    """
-    runs = runs_of(FOLDER / "evidence.csv", task, device)
-    untrained = next((run for run in runs if run["method"] == "zero-shot"), {})
-    require(
-        any(loss_of(untrained, text) is not None for text in LOSSES),
-        f"No run of {task} tells the loss of the untrained model on other texts.",
-    )
-    points = []
-    for method, chosen in at_best_rate([run for run in runs if run["steps"]]).items():
-        own = [run for run in runs if run["method"] == method]
-        first = min(run["seed"] for run in own)
-        for run in sorted((r for r in own if r["seed"] == first), key=lambda run: run["lr"]):
-            change = run["answers"].mean() - untrained["answers"].mean()
-            both = {text: (loss_of(run, text), loss_of(untrained, text)) for text in LOSSES}
-            points.append(run | {
-                "best": run["lr"] == chosen[0]["lr"],
-                "gain": 100 * change.item() if len(run["answers"]) else None,
-                "rises": {t: None if None in two else two[0] - two[1] for t, two in both.items()},
-            })  # fmt: skip
-    require(points, f"No trained run of {task} is there yet.")
-    return points
-
-
-def draw_forgetting(task, points):
-    """Gain against rise for each text: a line joins the rates of a method, a number names it."""
-    texts = [text for text in LOSSES if any(p["rises"][text] is not None for p in points)]
-    figure, axes = plt.subplots(
-        1, len(texts), figsize=(4 + 5 * len(texts), 6), layout="constrained", squeeze=False
-    )
-    methods = list(dict.fromkeys(point["method"] for point in points))
-    for axis, text in zip(axes[0], texts, strict=True):
-        for number, method in enumerate(methods, 1):
-            own = [p for p in points if p["method"] == method and p["gain"] is not None]
-            own = [p for p in own if p["rises"][text] is not None]
-            colour, marker = style_of(method)
-            place = [p["rises"][text] for p in own], [p["gain"] for p in own]
-            axis.plot(*place, f"{marker}-", color=colour, ms=5, lw=0.8, label=f"{number} {method}")
-            for p in own:
-                if p["best"]:
-                    axis.annotate(number, (p["rises"][text], p["gain"]), (4, 4),
-                                  textcoords="offset points", weight="bold")  # fmt: skip
-        axis.set_xscale("symlog", linthresh=0.1)
-        axis.set_xlabel(f"rise of the loss on {text} (nats per token)")
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel("gain over the untrained model (points)")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    figure.suptitle(
-        f"{task}, {points[0]['device']}: one run at each rate; the number is at the best one",
-        fontsize=11,
-    )
-    return figure
-
-
-def table_of_forgetting(points):
-    """The same as Markdown."""
-    rows = [["method", "rate", "best rate", "gain (points)",
-             *(f"rise on {text} (nats per token)" for text in LOSSES)]]  # fmt: skip
-    for p in points:
-        gain = lost(p) if p["gain"] is None else f"{p['gain']:+.1f}"
-        rises = ["-" if rise is None else f"{rise:+.3f}" for rise in p["rises"].values()]
-        rows.append([p["method"], f"{p['lr']:g}", "yes" if p["best"] else "", gain, *rises])
-    return markdown(rows)
-
-
 def report(task, device=None):
     """(figure, table) of a task."""
     best = results_of(task, device)
@@ -340,26 +252,24 @@ def report(task, device=None):
     return figure, table(best, scores, measure, floor, costs)
 
 
+def keep(figure, text, path):
+    """Write the chart and the table beside each other, and print the table."""
+    figure.savefig(f"{path}.png", dpi=150)
+    Path(f"{path}.md").write_text(text, encoding="utf-8")
+    print(f"{text}\n{path}.png and .md")
+
+
 def main():
     parser = argparse.ArgumentParser(description="A chart and a table of one task.")
     parser.add_argument("task")
-    parser.add_argument("--forgetting", action="store_true", help="gain against other losses")
     parser.add_argument("--device", help="default: the one with the most runs")
     parser.add_argument("--out", type=Path, default=FOLDER)
     options = parser.parse_args()
-    name = options.task
     try:
-        if options.forgetting:
-            points = forgotten(options.task, options.device)
-            figure, text = draw_forgetting(options.task, points), table_of_forgetting(points)
-            name += "-forgetting"
-        else:
-            figure, text = report(options.task, options.device)
+        figure, text = report(options.task, options.device)
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    figure.savefig(options.out / f"{name}.png", dpi=150)
-    (options.out / f"{name}.md").write_text(text, encoding="utf-8")
-    print(f"{text}\n{options.out / name}.png and .md")
+    keep(figure, text, options.out / options.task)
 
 
 if __name__ == "__main__":

@@ -971,10 +971,12 @@ def test_gain_against_forgetting_at_every_rate(tmp_path, monkeypatch, capsys):
         run("norms", 1e-3, 0, 0.4, 30, chat_loss=2.0),  # a run from before plain text
         run("norms", 1e-1, 0, "inf", None, diverged="nan"),
     ]
+    forgetting = importlib.import_module("forgetting")
     report = stored_runs(tmp_path, monkeypatch, "grades", rows)
-    words = ["report.py", "grades", "--forgetting", "--out", str(tmp_path)]
+    monkeypatch.setattr(forgetting, "FOLDER", report.FOLDER)
+    words = ["forgetting.py", "grades", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", words)
-    report.main()
+    forgetting.main()
     text = (tmp_path / "grades-forgetting.md").read_text()
     assert text in capsys.readouterr().out and (tmp_path / "grades-forgetting.png").exists()
     assert [line.strip("| ").split(" | ") for line in text.splitlines()[2:]] == [
@@ -983,22 +985,22 @@ def test_gain_against_forgetting_at_every_rate(tmp_path, monkeypatch, capsys):
         ["norms", "0.001", "yes", "+10.0", "+0.000", "-"],
         ["norms", "0.1", "", "diverged", "-", "-"],
     ]
-    points = report.forgotten("grades")
-    dialogues, plain = report.draw_forgetting("grades", points).axes[:2]
+    points = forgetting.forgotten("grades")
+    dialogues, plain = forgetting.draw("grades", points).axes[:2]
     places = [list(zip(*line.get_data(), strict=True)) for line in dialogues.lines]
     assert places == [
         [(0.25, pytest.approx(30)), (0.5, pytest.approx(40))],
         [(0, pytest.approx(10))],
     ]
     assert [len(line.get_xdata()) for line in plain.lines] == [2, 0]
-    report = stored_runs(tmp_path, monkeypatch, "grades", rows[1:])
+    stored_runs(tmp_path, monkeypatch, "grades", rows[1:])
     with pytest.raises(SystemExit, match="No run of grades tells the loss of the untrained model"):
-        report.main()
-    report = stored_runs(tmp_path, monkeypatch, "grades", rows[:1])
+        forgetting.main()
+    stored_runs(tmp_path, monkeypatch, "grades", rows[:1])
     with pytest.raises(SystemExit, match="No trained run of grades"):
-        report.main()
-    monkeypatch.setattr(report, "FOLDER", RESULTS.parent)
-    assert {point["method"] for point in report.forgotten("transfer")} >= {"LoRA", "all blocks"}
+        forgetting.main()
+    monkeypatch.setattr(forgetting, "FOLDER", RESULTS.parent)
+    assert {point["method"] for point in forgetting.forgotten("transfer")} >= {"LoRA", "all blocks"}
 
 
 def readme_of_gpu_runs():
