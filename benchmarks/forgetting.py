@@ -9,17 +9,11 @@ that searched the rate. Writes results/grades-forgetting.png and .md, and prints
 that measure these losses: `grades` and `transfer`.
 """
 
-import argparse
-from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from minipeft.evidence import at_best_rate, runs_of
 from minipeft.refusals import require
-from report import FOLDER, keep, lost, markdown, style_of
+from report import FOLDER, command, lost, markdown, style_of
 
 LOSSES = {  # {text: what its loss is called in the details}
     "English dialogues": ("dialogue_loss", "chat_loss"),
@@ -103,18 +97,14 @@ def table(points):
     return markdown(rows)
 
 
+def drawn(task, device=None):
+    """(figure, table) of a task."""
+    points = forgotten(task, device)
+    return draw(task, points), table(points)
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Gain against forgetting, at every rate.")
-    parser.add_argument("task")
-    parser.add_argument("--device", help="default: the one with the most runs")
-    parser.add_argument("--out", type=Path, default=FOLDER)
-    options = parser.parse_args()
-    try:
-        points = forgotten(options.task, options.device)
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
-    figure = draw(options.task, points)
-    keep(figure, table(points), options.out / f"{options.task}-forgetting")
+    command("Gain against forgetting, at every rate.", drawn, "-forgetting")
 
 
 if __name__ == "__main__":

@@ -252,24 +252,25 @@ def report(task, device=None):
     return figure, table(best, scores, measure, floor, costs)
 
 
-def keep(figure, text, path):
-    """Write the chart and the table beside each other, and print the table."""
+def command(description, make, ending=""):
+    """A script that writes the figure and the table of make(task, device), and prints the table."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("task")
+    parser.add_argument("--device", help="default: the one with the most runs")
+    parser.add_argument("--out", type=Path, default=FOLDER)
+    options = parser.parse_args()
+    try:
+        figure, text = make(options.task, options.device)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    path = options.out / f"{options.task}{ending}"
     figure.savefig(f"{path}.png", dpi=150)
     Path(f"{path}.md").write_text(text, encoding="utf-8")
     print(f"{text}\n{path}.png and .md")
 
 
 def main():
-    parser = argparse.ArgumentParser(description="A chart and a table of one task.")
-    parser.add_argument("task")
-    parser.add_argument("--device", help="default: the one with the most runs")
-    parser.add_argument("--out", type=Path, default=FOLDER)
-    options = parser.parse_args()
-    try:
-        figure, text = report(options.task, options.device)
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
-    keep(figure, text, options.out / options.task)
+    command("A chart and a table of one task.", report)
 
 
 if __name__ == "__main__":
