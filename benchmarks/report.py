@@ -126,17 +126,22 @@ def mean_of(own):
     return torch.stack(list(own.values())).mean().item() if own else -math.inf
 
 
-def half_of(own):
-    """Half of the 95 % interval; 0 where it takes more seeds or rows to have one."""
-    if len(own) < 2 or min(map(len, own.values())) < 2:
-        return 0.0
-    found = compare(torch.stack(list(own.values())))
-    return found.high - found.mean
+def has_interval(own):
+    """Whether there are the two seeds and two test rows that an interval takes."""
+    return len(own) > 1 and min(map(len, own.values())) > 1
+
+
+def ends_of(own, measure):
+    """The ends of the 95 % interval, in percent or as a loss, at most as wide as is possible."""
+    low, high = compare(torch.stack(list(own.values())))[1:3]
+    if measure == RIGHT:
+        return max(0.0, 100 * low), min(100.0, 100 * high)
+    return max(0.0, -high), -low
 
 
 def groups_of(scores):
     """The groups, from the seeds that all methods with an interval share."""
-    judged = {name: own for name, own in scores.items() if half_of(own)}
+    judged = {name: own for name, own in scores.items() if has_interval(own)}
     shared = set.intersection(*map(set, judged.values())) if judged else set()
     if len(shared) < 2:
         return []
@@ -161,8 +166,11 @@ def draw(task, best, scores, measure, floor):
         colour, marker = style_of(name)
         for score in scores[name].values():
             axis.plot(factor * score.mean(), y, ".", color=colour, alpha=0.5, ms=5)
-        mean, half = mean_of(scores[name]), abs(factor) * half_of(scores[name])
-        axis.errorbar(factor * mean, y, xerr=half, fmt=marker, color=colour, capsize=4, ms=7)
+        mean, ends = factor * mean_of(scores[name]), [[0.0], [0.0]]
+        if has_interval(scores[name]):
+            low, high = ends_of(scores[name], measure)
+            ends = [[mean - low], [high - mean]]
+        axis.errorbar(mean, y, xerr=ends, fmt=marker, color=colour, capsize=4, ms=7)
     if floor is not None:
         axis.axvline(100 * floor, linestyle=":", color="black", label=FLOOR)
         axis.legend(loc="lower right", fontsize=8)
@@ -199,10 +207,10 @@ def in_words(runs, own, measure):
     factor, digits = (100, 1) if measure == RIGHT else (-1, 3)
     words = []
     if own:
-        mean, half = factor * mean_of(own), abs(factor) * half_of(own)
-        interval = f" ({mean - half:.{digits}f} to {mean + half:.{digits}f})"
-        count = ", one run" if len(own) == 1 else f", {len(own)} runs"
-        words = [f"{mean:.{digits}f}{interval if half else count}"]
+        spread = ", one run" if len(own) == 1 else f", {len(own)} runs"
+        if has_interval(own):
+            spread = " ({:.{n}f} to {:.{n}f})".format(*ends_of(own, measure), n=digits)
+        words = [f"{factor * mean_of(own):.{digits}f}{spread}"]
     without = Counter(lost(run) for run in runs if run["seed"] not in own)
     return "; ".join(words + [f"{n} of {len(runs)} {why}" for why, n in without.items()])
 
@@ -221,7 +229,7 @@ def table(best, scores, measure, floor, costs):
     if floor is not None:
         lines.append((floor, [FLOOR, *["-"] * 7, f"{100 * floor:.1f}"]))
     lines = [line for _, line in sorted(lines, key=lambda pair: -pair[0])]
-    measure += ", 95 % interval" if any(map(half_of, scores.values())) else ""
+    measure += ", 95 % interval" if any(map(has_interval, scores.values())) else ""
     head = ["method", "where it acts", "trainable parameters", "rate", "step over LoRA's",
             "peak (GiB)", "write, batch 1 (ms)", "can be merged",
             measure]  # fmt: skip

@@ -885,6 +885,17 @@ def test_a_report_has_every_method_once_with_its_interval_and_group(tmp_path, mo
     assert [list(line.get_xdata()) for line in dotted] == [[25.0, 25.0]]
 
 
+def test_no_interval_leaves_what_is_possible(tmp_path, monkeypatch):
+    rows = [{"method": "norms", "lr": 1e-3, "seed": seed, "answers": share(right)}
+            for seed, right in enumerate((97, 93))]  # fmt: skip
+    report = stored_runs(tmp_path, monkeypatch, "grades", rows)
+    figure, text = report.report("grades")
+    assert lines_of(text)["norms"][-1].endswith(" to 100.0)")
+    (bar,) = figure.axes[0].containers
+    (ends,) = bar.lines[2][0].get_segments()  # the line from one end of the interval to the other
+    assert ends[1][0] == 100 and 80 < ends[0][0] < 93
+
+
 def test_methods_are_compared_at_the_seeds_that_all_of_them_have(tmp_path, monkeypatch):
     """One seed of "norms" diverged; its third is not the second of another."""
     rows = [
