@@ -66,9 +66,9 @@ def draw(task, points):
         for number, method in enumerate(methods, 1):
             own = [p for p in points if p["method"] == method and p["gain"] is not None]
             own = [p for p in own if p["rises"][text] is not None]
-            colour, marker = style_of(method)
+            color, marker = style_of(method)
             place = [p["rises"][text] for p in own], [p["gain"] for p in own]
-            axis.plot(*place, f"{marker}-", color=colour, ms=5, lw=0.8, label=f"{number} {method}")
+            axis.plot(*place, f"{marker}-", color=color, ms=5, lw=0.8, label=f"{number} {method}")
             for p in own:
                 if p["best"]:
                     axis.annotate(number, (p["rises"][text], p["gain"]), (4, 4),

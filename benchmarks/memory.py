@@ -132,7 +132,7 @@ def accumulated(model, batch, seq):
     device = params[0].device
     model.train()
     update = torch.optim.AdamW(params, foreach=True)
-    for p in params:  # a first step creates the optimiser's state
+    for p in params:  # a first step creates the optimizer's state
         p.grad = torch.zeros_like(p)
     update.step()
     update.zero_grad()

@@ -47,7 +47,7 @@ def train_peak(model, batch):
     """Bytes that stand at the peak of `train`, with those of the model and the batch."""
     own = [*model.parameters(), *model.buffers(), *batch.values()]
     device, size = own[0].device, sum(tensor.nbytes for tensor in own)
-    run = {"max_steps": 2, "lr": 1e-4, "progress": False}  # the first makes the optimiser's state
+    run = {"max_steps": 2, "lr": 1e-4, "progress": False}  # the first makes the optimizer's state
     model.zero_grad(set_to_none=True)  # of steps at another length
     if device.type == "cuda":
         gc.collect()
@@ -84,7 +84,7 @@ def main():
         size = {"batch": options.batch, "seq": seq, "device": device.type}
         predicted = {base: estimate(config, lora_on(base), **size).total for base in bases}
         steps = {base: tuned_step(model, batch) for base, model in models.items()}
-        for step in steps.values():  # warm up; the optimiser makes its state here
+        for step in steps.values():  # warm up; the optimizer makes its state here
             step()
         rounds = []
         for _ in tqdm(range(options.rounds), unit="round", desc=f"{options.batch} x {seq}"):

@@ -23,7 +23,7 @@ from matplotlib import pyplot as plt
 
 from minipeft.evidence import at_best_rate, compare, groups, runs_of
 from minipeft.refusals import require
-from tasks import LABELLED, TASKS
+from tasks import LABELED, TASKS
 from this_machine import all_rows
 
 FOLDER = Path(__file__).resolve().parent / "results"
@@ -49,7 +49,7 @@ PLACES = {  # beginning of a method's name: (where it acts, can it be merged); "
     "zero-shot": ("nothing", "is the model"),
     "question": ("nothing", "is the model"),
 }
-COLOURS = {  # of a family; markers beside them, so that colour is never alone
+COLORS = {  # of a family; markers beside them, so that color is never alone
     "input vectors": ("#0072B2", "o"),
     "keys": ("#009E73", "s"),
     "hidden states": ("#009E73", "s"),
@@ -66,9 +66,9 @@ def place_of(method):
 
 
 def style_of(method):
-    """(colour, marker) of the family of a method."""
+    """(color, marker) of the family of a method."""
     place = place_of(method)[0]
-    return next(style for start, style in COLOURS.items() if place.startswith(start))
+    return next(style for start, style in COLORS.items() if place.startswith(start))
 
 
 RIGHT = "right of the test rows (%)"
@@ -150,10 +150,10 @@ def groups_of(scores):
 
 def floor_of(task, scores):
     """The score of always giving the commonest answer to the test rows; None without labels."""
-    if task not in LABELLED:
+    if task not in LABELED:
         return None
     rows = max(len(score) for own in scores.values() for score in own.values())
-    labels = list(LABELLED[task]()["test"]["label"])[:rows]
+    labels = list(LABELED[task]()["test"]["label"])[:rows]
     return Counter(labels).most_common(1)[0][1] / rows
 
 
@@ -163,14 +163,14 @@ def draw(task, best, scores, measure, floor):
     order = sorted(filter(scores.get, best), key=lambda name: mean_of(scores[name]))
     figure, axis = plt.subplots(figsize=(10, 1.6 + 0.36 * len(order)), layout="constrained")
     for y, name in enumerate(order):
-        colour, marker = style_of(name)
+        color, marker = style_of(name)
         for score in scores[name].values():
-            axis.plot(factor * score.mean(), y, ".", color=colour, alpha=0.5, ms=5)
+            axis.plot(factor * score.mean(), y, ".", color=color, alpha=0.5, ms=5)
         mean, ends = factor * mean_of(scores[name]), [[0.0], [0.0]]
         if has_interval(scores[name]):
             low, high = ends_of(scores[name], measure)
             ends = [[mean - low], [high - mean]]
-        axis.errorbar(mean, y, xerr=ends, fmt=marker, color=colour, capsize=4, ms=7)
+        axis.errorbar(mean, y, xerr=ends, fmt=marker, color=color, capsize=4, ms=7)
     if floor is not None:
         axis.axvline(100 * floor, linestyle=":", color="black", label=FLOOR)
         axis.legend(loc="lower right", fontsize=8)

@@ -15,7 +15,7 @@ that a busy machine is busy for all of them. What counts is the ratio within a r
              with less memory, counts as bare.
 
 Peak memory counts every tensor that is alive. On a CPU it is followed operation by operation on the
-storages that the step makes (weights, gradients and optimiser state that stay are not in it); on
+storages that the step makes (weights, gradients and optimizer state that stay are not in it); on
 CUDA it is the allocator's peak above what was there before the step.
 
 The rows replace those of this device in results/step-cpu-4x64.csv, or the file of another shape or
@@ -182,7 +182,7 @@ def main():
     rows, table = [], []
     for method in options.methods:
         steps = contenders(method, batch)
-        for step in steps.values():  # warm up; the optimiser makes its state here
+        for step in steps.values():  # warm up; the optimizer makes its state here
             step()
         peaks = {name: peak_bytes(step, device) for name, step in steps.items()}
         rounds = []

@@ -5,7 +5,7 @@
 
 Houlsby et al. 2019 (section 2.1, figure 2) put one after the attention and one after the
 feed-forward part of each block, before the residual sum. Pfeiffer et al. 2021 (AdapterFusion) keep
-only the second one. Houlsby et al. initialise both matrices near zero. Here `down` is initialised
+only the second one. Houlsby et al. initialize both matrices near zero. Here `down` is initialized
 as theirs and `up` to zero, so the model is unchanged, bit for bit, before the first step. If both
 were zero, both gradients would be zero too, because each is a product with the other matrix.
 """
@@ -91,7 +91,7 @@ def add_adapters(
     If the model already has adapters, new ones are stacked on them, and the old ones are frozen
     with the base (MAD-X, Pfeiffer et al. 2020, section 3).
     Trainable parameters are float32 even on a half-precision base (float64 on a float64 base). The
-    head of a classifier is newly initialised, so it is trained too.
+    head of a classifier is newly initialized, so it is trained too.
     Raises ValueError for a number below 1, an unknown placement or activation, a model with another
     technique, and one in whose blocks the output projections are not found or not called.
     """

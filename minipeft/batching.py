@@ -32,7 +32,7 @@ def encode(
 ) -> EncodedRow:
     """Turn a prompt (a text, or the messages of a chat) and its answer into token ids and labels.
 
-    Prompt and answer are tokenised separately and then joined, so the prompt has the ids that the
+    Prompt and answer are tokenized separately and then joined, so the prompt has the ids that the
     model sees at inference, where there is no answer. Labels are -100 over the prompt and the
     answer's ids after it, ending in EOS, from which the model learns to stop. They are not shifted:
     the model does that itself. Without an answer there are no labels and no EOS.

@@ -196,7 +196,7 @@ def student_from_layers(teacher: PreTrainedModel, keep: Iterable[int]) -> PreTra
     if foreign:
         raise ValueError(
             f"The teacher is not a plain {type(teacher).__name__}: see {foreign[0]}. Merge what a "
-            "technique added and put the plain layers back, or load the teacher unquantised."
+            "technique added and put the plain layers back, or load the teacher unquantized."
         )
     student.load_state_dict(state)
     student.generation_config = copy.deepcopy(teacher.generation_config)

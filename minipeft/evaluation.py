@@ -191,6 +191,6 @@ def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, f
     if not isinstance(z, int | float) or isinstance(z, bool) or not 0 < z < 1e6:
         raise ValueError(f"z={shown(z)} must be a number above 0; 1.96 is 95 % sure.")
     p = correct / total
-    centre = (p + z * z / (2 * total)) / (1 + z * z / total)
+    center = (p + z * z / (2 * total)) / (1 + z * z / total)
     half = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total)) / (1 + z * z / total)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, center - half), min(1.0, center + half)

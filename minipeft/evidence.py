@@ -173,7 +173,7 @@ def groups(answers: dict[str, torch.Tensor], level: float = 0.95) -> list[list[s
 
     answers: {method: (seeds, rows)}, the same seeds and rows for all. Every pair is compared, and
     Holm's method (1979) keeps the chance of one wrong difference among all pairs below 1 - level.
-    A group is as many neighbours in the order of the means as have no difference among them.
+    A group is as many neighbors in the order of the means as have no difference among them.
     """
     order = sorted(answers, key=lambda name: -answers[name].mean().item())
     pairs = [(a, b) for i, a in enumerate(order) for b in order[i + 1 :]]

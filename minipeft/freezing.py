@@ -30,7 +30,7 @@ def unfreeze(model: Model, *module_patterns: str) -> Model:
     A pattern is a dotted module name, in which * matches anything: "model.layers.29", "*norm*",
     "lm_head". Without a pattern, everything is unfrozen. A tied weight is one tensor, so unfreezing
     the head also unfreezes the embedding that shares it. Returns the model.
-    Raises ValueError for a pattern that matches no module with parameters, or quantised weights.
+    Raises ValueError for a pattern that matches no module with parameters, or quantized weights.
     """
     refuse_no_model(model)
     names = [n for n, m in model.named_modules() if any(True for _ in m.parameters())]
@@ -49,14 +49,14 @@ def unfreeze(model: Model, *module_patterns: str) -> Model:
             )
         matched |= matches
     modules = [model.get_submodule(name) for name in sorted(matched)]
-    _refuse_quantised(model, *modules)
+    _refuse_quantized(model, *modules)
     for module in modules:
         module.requires_grad_(True)
     return model
 
 
-def _refuse_quantised(model, *modules):
-    """Raise ValueError if one of `modules` holds quantised weights: they would not be trained."""
+def _refuse_quantized(model, *modules):
+    """Raise ValueError if one of `modules` holds quantized weights: they would not be trained."""
     submodules = {m for module in modules for m in module.modules()}
     for name, module in model.named_modules():
         own = module.parameters(recurse=False)
@@ -64,7 +64,7 @@ def _refuse_quantised(model, *modules):
             getattr(module, "is_quantized", False) or any(not p.is_floating_point() for p in own)
         ):
             raise ValueError(
-                f"{name} is quantised, and codes cannot be trained; put a technique such as LoRA "
+                f"{name} is quantized, and codes cannot be trained; put a technique such as LoRA "
                 "on top, or name modules without such weights."
             )
 
@@ -121,7 +121,7 @@ def only_last_blocks(model: Model, k: int) -> Model:
     stack = blocks(model)
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(stack):
         raise ValueError(f"k={shown(k)} is not a whole number of blocks from 1 to {len(stack)}.")
-    _refuse_quantised(model, stack[-k:])
+    _refuse_quantized(model, stack[-k:])
     freeze(model)
     stack[-k:].requires_grad_(True)
     return model
@@ -133,7 +133,7 @@ def only_head(model: PreTrainedModel, untie: bool = False) -> PreTrainedModel:
     A tied head shares its weight with the embedding, so both are trained, and the backward pass has
     to run through every block. `untie` first gives the head its own copy, which takes as much
     memory as the embedding; then the backward pass stops at the head. Returns the model.
-    Raises ValueError for a bare backbone and for a quantised head.
+    Raises ValueError for a bare backbone and for a quantized head.
     """
     refuse_no_model(model)
     backbone = getattr(model, "base_model", model)
@@ -141,7 +141,7 @@ def only_head(model: PreTrainedModel, untie: bool = False) -> PreTrainedModel:
     if backbone is model or not any(True for h in heads for _ in h.parameters()):
         raise ValueError(f"{type(model).__name__} has no head: it is the backbone alone.")
     refuse_flag("untie", untie)
-    _refuse_quantised(model, *heads)
+    _refuse_quantized(model, *heads)
     freeze(model)
     shared = {id(p) for p in backbone.parameters()}
     for module in (m for head in heads for m in head.modules()):

@@ -2,7 +2,7 @@
 
     h = W0 x + (alpha / r) B A x        W0: (out, in), A: (r, in), B: (out, r)        equation 3
 
-W0 is frozen. A is initialised randomly and B to zero, so the model is unchanged before the first
+W0 is frozen. A is initialized randomly and B to zero, so the model is unchanged before the first
 step. After training, the update can be merged into W0; then inference costs nothing extra.
 """
 
@@ -50,7 +50,7 @@ class LoRALinear(InPlace):
 
     def reset_parameters(self) -> None:
         # The paper draws A from a Gaussian but does not give its deviation. The authors' code and
-        # HF peft initialise A like nn.Linear: uniform in +-1/sqrt(in).
+        # HF peft initialize A like nn.Linear: uniform in +-1/sqrt(in).
         nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -120,7 +120,7 @@ def add_lora(model: Model, r: int = 8, alpha: float = 16, dropout: float = 0.0,
               it. Embeddings ("embed_tokens", "wte") and an untied "lm_head" are allowed.
     dora      also train the magnitude of each row of the new weight: `out` parameters per layer.
     Trainable parameters are float32 even on a half-precision base (float64 on a float64 base).
-    The head of a classifier is newly initialised, so it is trained in full and gets no LoRA. If the
+    The head of a classifier is newly initialized, so it is trained in full and gets no LoRA. If the
     embedding is tied to the head, LoRA affects only the embedding lookup, and cannot be merged.
     Raises ValueError for a name that matches no layer, a tied head, a number out of range, a layer
     whose forward is more than its weight's product, and a model that already has a technique.
@@ -140,7 +140,7 @@ def merge_lora(model: Model) -> Model:
 
     Exact up to one rounding of the weight, so lossy on a half-precision base. Call `unmerge_lora`
     before further training. Raises ValueError without LoRA, if it is already merged, for a
-    quantised base, and for an embedding with LoRA that is tied to the head.
+    quantized base, and for an embedding with LoRA that is tied to the head.
     """
     return shift_weights(model, merge=True)
 

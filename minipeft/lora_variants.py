@@ -59,7 +59,7 @@ class DoRA(InPlace):
 
     def __init__(self, base: nn.Module, r: int, alpha: float, dropout: float = 0.0) -> None:
         super().__init__(base, r, alpha, dropout)
-        self.lora_magnitude = nn.Parameter(self._norms())  # m: (out,), initialised to |W0|
+        self.lora_magnitude = nn.Parameter(self._norms())  # m: (out,), initialized to |W0|
         self.register_buffer("factor", None, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -85,7 +85,7 @@ def add_prefix_tuning(
                          `fold_prefix_tuning` drops them.
     encoder_hidden_size  width of the MLP. Default: kv_heads * head_dim, which is the hidden size in
                          multi-head attention.
-    text                 initialise with the keys and values that the frozen model computes for
+    text                 initialize with the keys and values that the frozen model computes for
                          `text`, truncated or repeated to n tokens: before training, the model
                          then behaves as if the text stood in front. Otherwise the table is drawn
                          from a normal distribution of deviation 0.1 (HF peft: 1, which disturbs a

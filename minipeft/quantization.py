@@ -1,10 +1,10 @@
-"""A frozen base in 4 bits: NormalFloat4 and double quantisation (Dettmers et al. 2023, "QLoRA",
+"""A frozen base in 4 bits: NormalFloat4 and double quantization (Dettmers et al. 2023, "QLoRA",
 section 3).
 
-Quantisation is block-wise (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization",
+Quantization is block-wise (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization",
 section 2). Each block of numbers is divided by its largest magnitude, absmax, and each quotient is
 replaced by the index of the nearest value of a fixed code in [-1, 1]. So an outlier only affects
-its own block. quantized_adamw.py quantises the moments of AdamW in the same way.
+its own block. quantized_adamw.py quantizes the moments of AdamW in the same way.
 """
 
 import math
@@ -45,7 +45,7 @@ def nf4_code() -> torch.Tensor:
 
 
 def dynamic_code(signed: bool) -> torch.Tensor:
-    """The 256 values of dynamic tree quantisation, ascending (8-bit Optimizers, section 1.3).
+    """The 256 values of dynamic tree quantization, ascending (8-bit Optimizers, section 1.3).
 
     A run of zero bits in the byte gives the power of ten, and the remaining bits the digits: seven
     decades, with 1, 2, 4 ... 64 steps from the smallest up (twice as many without a sign).
@@ -82,7 +82,7 @@ def _made_once(make, device, *args):
 def quantize(
     x: torch.Tensor, code: torch.Tensor, block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise x, of any shape, flattened and padded with zeros to whole blocks.
+    """Quantize x, of any shape, flattened and padded with zeros to whole blocks.
 
     Returns codes, uint8 (blocks, block_size), and absmax, float32 (blocks,). Takes 8 bytes of
     temporary memory per element.
@@ -97,18 +97,18 @@ def quantize(
 def dequantize(
     codes: torch.Tensor, absmax: torch.Tensor, code: torch.Tensor, count: int
 ) -> torch.Tensor:
-    """The first `count` dequantised numbers, float32 (count,)."""
+    """The first `count` dequantized numbers, float32 (count,)."""
     values = code.to(codes.device).index_select(0, codes.flatten().int()).view_as(codes)
     return values.mul_(absmax[:, None]).flatten()[:count]
 
 
 class NF4Linear(nn.Linear):
-    """A frozen linear layer with a 4-bit weight: y = x W^T + b, W dequantised at each use.
+    """A frozen linear layer with a 4-bit weight: y = x W^T + b, W dequantized at each use.
 
-    With `double`, each absmax minus their mean is quantised to 8 bits, in blocks of 256 (QLoRA,
+    With `double`, each absmax minus their mean is quantized to 8 bits, in blocks of 256 (QLoRA,
     section 3, "Double Quantization"). A weight then takes 4 + 8/64 + 32/(64 * 256) = 4.127 bits,
     otherwise 4 + 32/64 = 4.5.
-    weight: (out, in), floating-point; it is dequantised to the same dtype. bias: (out,) or None.
+    weight: (out, in), floating-point; it is dequantized to the same dtype. bias: (out,) or None.
     """
 
     is_quantized = True
@@ -138,7 +138,7 @@ class NF4Linear(nn.Linear):
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """The weight, (out, in), dequantised at each access."""
+        """The weight, (out, in), dequantized at each access."""
         return self._weight(self.dtype)
 
     @property
@@ -167,7 +167,7 @@ class NF4Linear(nn.Linear):
         return _Frozen.apply(x, self.bias, self)  # (..., out)
 
     def _apply(self, fn, recurse=True):
-        """Called by .to(), .half(), .cuda() ... A new dtype is that of the dequantised weight; the
+        """Called by .to(), .half(), .cuda() ... A new dtype is that of the dequantized weight; the
         buffers change their device only."""
         own = list(self.buffers())
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
@@ -185,7 +185,7 @@ class NF4Linear(nn.Linear):
 
 
 class _Frozen(torch.autograd.Function):
-    """x W^T + b without saved tensors: x is not needed, and W is dequantised again for backward."""
+    """x W^T + b without saved tensors: x is not needed, and W is dequantized again for backward."""
 
     @staticmethod
     def forward(ctx, x, bias, layer):
@@ -202,42 +202,42 @@ class _Frozen(torch.autograd.Function):
 
 
 def quantize_base(model: Model, block_size: int = 64, double: bool = True) -> Model:
-    """Freeze `model` and quantise the linear layers of its blocks to NF4. Returns the model.
+    """Freeze `model` and quantize the linear layers of its blocks to NF4. Returns the model.
 
     Norms and everything outside the blocks keep their dtype: embeddings and their projections, a
     pooler, the head. print(model) shows which layers are NF4Linear. Add LoRA with `add_lora`; it
     cannot be merged into 4-bit weights.
     Raises ValueError for an odd block size, a model without a list of blocks, one that is already
-    quantised or has a technique, weights that are not finite, and blocks with more than 10 % of
+    quantized or has a technique, weights that are not finite, and blocks with more than 10 % of
     their weights outside linear layers, such as fused experts (mixtures of experts in
-    transformers 5), which would not be quantised.
+    transformers 5), which would not be quantized.
     """
     refuse_size("block_size", block_size, "number of weights")
     require(block_size % 2 == 0, f"block_size={block_size} must be even: two codes share a byte.")
     require(isinstance(double, bool), f"double={double!r} must be True or False.")
     if technique_of(model) or hasattr(model, "peft_config"):
-        raise ValueError("Quantise the base first, and add the technique to what comes out.")
+        raise ValueError("Quantize the base first, and add the technique to what comes out.")
     if getattr(model, "is_quantized", False):
-        raise ValueError("transformers has quantised this model already; load it in full.")
+        raise ValueError("transformers has quantized this model already; load it in full.")
     stack = blocks(model)
     _refuse_weights(model, stack)
     freeze(model)
-    quantised: dict[int, NF4Linear] = {}  # by id(layer), so that shared layers stay shared
+    quantized: dict[int, NF4Linear] = {}  # by id(layer), so that shared layers stay shared
     for parent in list(stack.modules()):
         for name, layer in list(parent._modules.items()):
             if isinstance(layer, LINEAR):
-                if id(layer) not in quantised:
+                if id(layer) not in quantized:
                     new = NF4Linear(matrix(layer), layer.bias, block_size, double)
-                    quantised[id(layer)] = new
-                setattr(parent, name, quantised[id(layer)].train(layer.training))
+                    quantized[id(layer)] = new
+                setattr(parent, name, quantized[id(layer)].train(layer.training))
     return model
 
 
 def _refuse_weights(model, stack):
-    """Raise ValueError for blocks that cannot be quantised. Nothing has been changed yet."""
+    """Raise ValueError for blocks that cannot be quantized. Nothing has been changed yet."""
     layers = [module for module in stack.modules() if isinstance(module, LINEAR)]
     if not layers or any(isinstance(layer, NF4Linear) for layer in layers):
-        raise ValueError("This model has no linear layer left to quantise.")
+        raise ValueError("This model has no linear layer left to quantize.")
     names = {p: name for name, p in model.named_parameters()}
     linear = {layer.weight for layer in layers}
     other = {p for p in stack.parameters() if p.ndim > 1} - linear

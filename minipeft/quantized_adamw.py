@@ -2,7 +2,7 @@
 
     p <- p - lr * (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay * p)
 
-After each step the moments m and v are quantised block-wise with the dynamic code of section 1.3:
+After each step the moments m and v are quantized block-wise with the dynamic code of section 1.3:
 signed for m, unsigned for v, which is a mean of squares.
 """
 
@@ -86,7 +86,7 @@ class AdamW8bit(torch.optim.Optimizer):
         p.addcdiv_(m.to(p.dtype), v.to(p.dtype), value=-group["lr"] / (1 - beta1 ** state["step"]))
 
     def _read(self, state, name, p):
-        """The moment "m" or "v" of p, dequantised to float32; zeros before the first step."""
+        """The moment "m" or "v" of p, dequantized to float32; zeros before the first step."""
         if name not in state:
             return torch.zeros_like(p, dtype=torch.float32)
         if f"{name}_absmax" not in state:

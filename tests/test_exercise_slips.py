@@ -101,9 +101,9 @@ def test_a_forgotten_return_is_a_sentence(name):
 
 @exercises
 def test_an_error_in_the_answer_is_a_sentence_with_its_place(name):
-    change = with_body("x = 1\nraise KeyError('colour')")
+    change = with_body("x = 1\nraise KeyError('color')")
     for task, said in messages(name, change).items():
-        assert "colour" in said, f"{task}: {said}"
+        assert "color" in said, f"{task}: {said}"
 
 
 @pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])

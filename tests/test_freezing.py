@@ -83,7 +83,7 @@ def test_patterns():
     assert model.get_input_embeddings().weight.requires_grad
 
 
-def test_a_pattern_that_matches_nothing_is_refused_with_its_neighbours():
+def test_a_pattern_that_matches_nothing_is_refused_with_its_neighbors():
     model, _ = load_base("tiny-llama", device="cpu")
     freeze(model)
     with pytest.raises(ValueError, match=r"named 'model.layer.0'; near it are .*model\.layers\.0"):
@@ -104,7 +104,7 @@ def test_what_is_no_pattern_is_refused(pattern):
     assert count_parameters(model)[0] == 0, "an empty name is that of the whole model"
 
 
-def test_quantised_weights_are_not_left_out_in_silence():
+def test_quantized_weights_are_not_left_out_in_silence():
     model, _ = load_base("tiny-gpt2", device="cpu")
     quantize_base(model)
     for call in (
@@ -112,7 +112,7 @@ def test_quantised_weights_are_not_left_out_in_silence():
         lambda: unfreeze(model, "transformer.wte", "transformer.h.1"),
         lambda: only_last_blocks(model, 1),
     ):
-        with pytest.raises(ValueError, match=r"h\.\d.* is quantised, and codes cannot be trained"):
+        with pytest.raises(ValueError, match=r"h\.\d.* is quantized, and codes cannot be trained"):
             call()
         assert not trainables(model)
     unfreeze(model, "*ln_1")
@@ -120,7 +120,7 @@ def test_quantised_weights_are_not_left_out_in_silence():
     assert len(trainables(only_norms(model))) == 10
     foreign = torch.nn.Linear(4, 4)
     foreign.weight = torch.nn.Parameter(foreign.weight.detach().byte(), requires_grad=False)
-    with pytest.raises(ValueError, match="is quantised"):
+    with pytest.raises(ValueError, match="is quantized"):
         unfreeze(torch.nn.Sequential(foreign))
 
 

@@ -172,7 +172,7 @@ def test_dora_on_a_four_bit_base_is_dora_on_what_the_codes_stand_for(name):
     for a, b in zip(layers(model).values(), layers(rounded).values(), strict=True):
         assert close(a.lora_A.grad, b.lora_A.grad, 1e-4)
         assert close(a.lora_magnitude.grad, b.lora_magnitude.grad, 1e-4)
-    with pytest.raises(ValueError, match="This base is quantised"):
+    with pytest.raises(ValueError, match="This base is quantized"):
         merge_lora(model)
 
 
@@ -258,7 +258,7 @@ def one_step(model):
 
 
 def step_by_raw_data(model):
-    """As optimisers do that torch does not see: eval mode all the while, writing past autograd."""
+    """As optimizers do that torch does not see: eval mode all the while, writing past autograd."""
     model(torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss.backward()
     for layer in layers(model).values():
         layer.lora_B.data.sub_(layer.lora_B.grad, alpha=0.5)

@@ -1,4 +1,4 @@
-"""Prompt tuning: starts, counts, neighbours. What it shares is in test_virtual_tokens."""
+"""Prompt tuning: starts, counts, neighbors. What it shares is in test_virtual_tokens."""
 
 import pytest
 import torch

@@ -109,7 +109,7 @@ def test_an_outlier_spoils_its_own_block_only():
 
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(st.integers(1, 70), st.integers(1, 70), st.booleans(), st.booleans())
-def test_forward_and_gradient_are_those_of_the_dequantised_weight(rows, columns, double, bias):
+def test_forward_and_gradient_are_those_of_the_dequantized_weight(rows, columns, double, bias):
     torch.manual_seed(rows * 100 + columns)
     weight = torch.randn(rows, columns, dtype=torch.float64)
     bias = torch.randn(rows, dtype=torch.float64) if bias else None
@@ -133,7 +133,7 @@ def test_bits_per_weight_are_those_of_the_paper():
     assert bits(NF4Linear(weight)) == pytest.approx(double, abs=40 / count)  # and one mean
     assert double == pytest.approx(4.127, abs=1e-3)
     error = [(NF4Linear(weight, double=d).weight - weight).std() for d in (False, True)]
-    assert error[0] < error[1] < 1.02 * error[0], "double quantisation costs almost nothing"
+    assert error[0] < error[1] < 1.02 * error[0], "double quantization costs almost nothing"
 
 
 def test_nothing_but_the_codes_is_kept_for_the_backward_pass():
@@ -146,7 +146,7 @@ def test_nothing_but_the_codes_is_kept_for_the_backward_pass():
 
 
 @EVERY
-def test_a_quantised_base_takes_lora_saves_it_and_refuses_to_merge(name, tmp_path):
+def test_a_quantized_base_takes_lora_saves_it_and_refuses_to_merge(name, tmp_path):
     model, _ = load_base(name, device="cpu")
     ids = torch.randint(5, 200, (2, 12), generator=torch.Generator().manual_seed(0))
     plain = model(ids).logits
@@ -171,7 +171,7 @@ def test_a_quantised_base_takes_lora_saves_it_and_refuses_to_merge(name, tmp_pat
     save_adapter(model, tmp_path / "adapter")
     load_adapter(base, tmp_path / "adapter")
     torch.testing.assert_close(base(ids).logits, changed)
-    with pytest.raises(ValueError, match="This base is quantised"):
+    with pytest.raises(ValueError, match="This base is quantized"):
         merge_lora(model)
     torch.testing.assert_close(model(ids).logits, changed)
 
@@ -247,7 +247,7 @@ def with_integers(model):
     return model
 
 
-def marked_as_quantised(model):
+def marked_as_quantized(model):
     model.is_quantized = True  # as transformers does
     return model
 
@@ -260,10 +260,10 @@ def marked_as_quantised(model):
         (None, {"block_size": 64.0}, "block_size=64.0 is no number of weights"),
         (None, {"block_size": "64"}, "block_size='64' is no number of weights"),
         (None, {"double": "no"}, "double='no' must be True or False"),
-        (add_lora, {}, "Quantise the base first"),
-        (lambda m: peft.get_peft_model(m, peft.LoraConfig()), {}, "Quantise the base first"),
+        (add_lora, {}, "Quantize the base first"),
+        (lambda m: peft.get_peft_model(m, peft.LoraConfig()), {}, "Quantize the base first"),
         (quantize_base, {}, "no linear layer left"),
-        (marked_as_quantised, {}, "transformers has quantised this model already"),
+        (marked_as_quantized, {}, "transformers has quantized this model already"),
         (with_nan, {}, r"model.layers.1.mlp.up_proj.weight \(torch.float32\).*NaN or infinite"),
         (with_integers, {}, r"model.layers.0.mlp.up_proj.weight \(torch.int8\)"),
         (lambda m: m.get_input_embeddings(), {}, "no list of blocks"),
@@ -299,7 +299,7 @@ TINY = {"vocab_size": 80, "hidden_size": 32, "intermediate_size": 48, "num_hidde
         (lambda: load_base("tiny-gpt2", device="cpu")[0], "transformer.h.", {"lm_head"}),
     ],
 )  # fmt: skip
-def test_what_stands_outside_the_blocks_is_not_quantised(make, blocks, outside):
+def test_what_stands_outside_the_blocks_is_not_quantized(make, blocks, outside):
     model = make()
     layers = {n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
     kept = {n: model.get_submodule(n).weight.detach().clone() for n in outside}
@@ -481,7 +481,7 @@ def test_a_cast_casts_the_weight_and_not_what_it_is_made_from(move, double):
     assert layer.to("meta").weight.is_meta
 
 
-def test_a_whole_model_can_be_cast_after_it_was_quantised():
+def test_a_whole_model_can_be_cast_after_it_was_quantized():
     model, _ = load_base("tiny", device="cpu")
     quantize_base(model)
     weights = [m.weight for m in model.modules() if isinstance(m, NF4Linear)]
@@ -492,7 +492,7 @@ def test_a_whole_model_can_be_cast_after_it_was_quantised():
 
 
 def test_biases_of_4_bit_layers_can_be_trained():
-    """BitFit on a quantised base: their gradients are those of the dequantised layers."""
+    """BitFit on a quantized base: their gradients are those of the dequantized layers."""
     torch.manual_seed(0)
     weight, bias = torch.randn(6, 8, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
     layer = NF4Linear(weight, bias)
@@ -512,7 +512,7 @@ def test_biases_of_4_bit_layers_can_be_trained():
     assert trained and all(p.grad.count_nonzero() > 0 for p in trained)
 
 
-def test_a_meta_model_is_quantised_without_a_look_at_its_numbers():
+def test_a_meta_model_is_quantized_without_a_look_at_its_numbers():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**TINY))
     total = count_parameters(model)[1]

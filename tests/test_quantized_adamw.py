@@ -86,7 +86,7 @@ def test_eight_bit_state_of_a_half_precision_parameter_survives_a_state_dict_too
     [{"betas": (0.9, math.inf)}, {"betas": 0.9}, {"betas": (0.9,)}, {"lr": math.nan}, {"lr": -1.0},
      {"lr": "1e-3"}, {"eps": 0.0}, {"eps": None}, {"weight_decay": -1}, {"weight_decay": math.inf}],
 )  # fmt: skip
-def test_settings_of_the_eight_bit_optimiser_are_checked(options):
+def test_settings_of_the_eight_bit_optimizer_are_checked(options):
     with pytest.raises(ValueError, match="is out of range") as error:
         AdamW8bit([nn.Parameter(torch.zeros(1))], **options)
     assert str(next(iter(options.values()))) in str(error.value)

@@ -47,7 +47,7 @@ def layout(course, names, seed=0):
 
 def nbgrader(course):
     """nbgrader's interface to the course in this folder."""
-    # nbgrader calls its neighbour `alembic` by name; it must be found without an active venv.
+    # nbgrader calls its neighbor `alembic` by name; it must be found without an active venv.
     beside = str(Path(sys.executable).parent)
     if beside not in os.environ["PATH"].split(os.pathsep):
         os.environ["PATH"] = beside + os.pathsep + os.environ["PATH"]

@@ -27,9 +27,9 @@ TASKS = {
     },
     "chinese": (chinese.SETTINGS, chinese.run),
 }
-# {task: what loads its labelled rows}, where an answer is one of a few words: the test rows are the
+# {task: what loads its labeled rows}, where an answer is one of a few words: the test rows are the
 # first of the split.
-LABELLED = {
+LABELED = {
     **dict.fromkeys(grades.LISTS, load_grades),
     **dict.fromkeys([*reviews.METHODS, "masking", "subspaces", "distillation"], load_reviews),
 }

@@ -6,7 +6,7 @@ by the loss on 64 validation reviews before, half-way and at the end (`valid_cur
   lstm, mlp   the encoder, in front of the text
   lstm_table, mlp_table
               the vectors that this encoder gives before any step, as a plain table: it begins as
-              the same function, and only the parametrisation differs
+              the same function, and only the parametrization differs
   template    the MLP encoder at the same start, with the tokens spread over a template
 """
 

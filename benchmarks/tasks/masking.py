@@ -35,7 +35,7 @@ SETTINGS = [Setting("zero-shot")] + [
 ]
 
 
-def labelled(tokenizer, row, way):
+def labeled(tokenizer, row, way):
     """The encoded row with as many labels of -100 as this way wants."""
     encoded = encode(tokenizer, row["prompt"], row["answer"])
     masked = MASKED[way](encoded["labels"].count(-100))
@@ -58,7 +58,7 @@ def run(way, lr, seed, steps, examples):
     reviews = load_reviews()
     row = {"batch": 0, "trainable": 0}
     if steps:
-        rows = [labelled(tokenizer, r, way) for r in first(reviews["train"], examples)]
+        rows = [labeled(tokenizer, r, way) for r in first(reviews["train"], examples)]
         batches = Batches(rows, Collator(tokenizer.pad_token_id), 8, seed=seed)
         start = time.monotonic()
         history = train(model, batches, max_steps=steps, lr=lr, warmup_steps=steps // 10,

@@ -6,7 +6,7 @@ The runner tries more rates while the best one stands at an end of those it has.
   DEPTH    the last k blocks
   LENGTH   prefixes of 1 to 128 virtual tokens
   STARTS   a prefix trained with its projection, or folded before the first step: the same start,
-           and only the parametrisation differs
+           and only the parametrization differs
   BASES    LoRA on the weights as loaded, in bfloat16 and in NF4 (QLoRA)
   prompt_starts  the starts of prompt tuning, for a text and the label words of a task
 

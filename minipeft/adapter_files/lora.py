@@ -22,7 +22,7 @@ from minipeft.technique.on_model import adding, refuse_tuned
 from minipeft.technique.unchanged import unchanged
 
 # The known settings of peft's LoraConfig. A tuple lists the values that lora.py can compute. None:
-# this module checks the value itself, or it only concerns initialisation or training.
+# this module checks the value itself, or it only concerns initialization or training.
 READS = dict.fromkeys([
     "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules",
     "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",

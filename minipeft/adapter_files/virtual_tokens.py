@@ -89,7 +89,7 @@ def table_of_state(state: State, shape: tuple[int, int]) -> torch.Tensor:
 
 # ---- prompt tuning ------------------------------------------------------------------------------
 
-# The settings of the initialisation, which do not matter after training.
+# The settings of the initialization, which do not matter after training.
 PROMPT_TUNING_READS = UNDERSTOOD | dict.fromkeys([
     "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
 ])  # fmt: skip
@@ -148,7 +148,7 @@ def p_tuning_from_peft(model: PreTrainedModel, config: Config, state: State) -> 
 
 # ---- prefix-tuning and P-tuning v2 --------------------------------------------------------------
 
-# The settings of the MLP, which is not written, and of the initialisation.
+# The settings of the MLP, which is not written, and of the initialization.
 PREFIX_READS = UNDERSTOOD | dict.fromkeys(
     ["encoder_hidden_size", "prefix_projection", "init_weights"]
 )

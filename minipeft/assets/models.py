@@ -126,7 +126,7 @@ def _pretrained(source, dtype, local):
             "model as save_pretrained writes it."
         )
     if getattr(model, "is_quantized", False):
-        raise AssetError(f"{source} is quantised already; load the plain model and quantise that.")
+        raise AssetError(f"{source} is quantized already; load the plain model and quantize that.")
     known, rows = tokenizer.vocab_size, model.get_input_embeddings().num_embeddings
     if known > rows:
         raise AssetError(f"The tokenizer of {source} has {known} tokens, and {name} knows {rows}.")
@@ -197,7 +197,7 @@ def load_base(
         model.config.pad_token_id = tokenizer.pad_token_id
     if model.generation_config.pad_token_id is None:  # or generate prints a warning
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-    vars(model)["minipeft_tokenizer"] = tokenizer  # for virtual tokens initialised from a text
+    vars(model)["minipeft_tokenizer"] = tokenizer  # for virtual tokens initialized from a text
     return model.to(device=device, dtype=dtype).eval(), tokenizer
 
 

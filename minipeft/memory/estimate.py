@@ -203,7 +203,7 @@ def _state_bytes(model, optimizer):
 
 def _bytes_of_step(model, optimizer):
     """Temporary bytes of the optimizer step. foreach: sqrt(v) of all parameters at once. In 8 bits,
-    one parameter at a time: both moments in float32, and 10 bytes per element to quantise the
+    one parameter at a time: both moments in float32, and 10 bytes per element to quantize the
     second."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     if optimizer == "adamw-foreach":

@@ -64,13 +64,13 @@ class Graph:
         """The size of a value's storage, in bytes."""
         return self.count(value.storage.shape) * value.storage.width
 
-    def dequantisation(self, node: Node, product: Value) -> int:
-        """Bytes in use while a 4-bit weight is dequantised and multiplied; 0 for other nodes.
+    def dequantization(self, node: Node, product: Value) -> int:
+        """Bytes in use while a 4-bit weight is dequantized and multiplied; 0 for other nodes.
 
         First the codes as int32 and the float32 values, then these and the weight in the dtype of
         the product, last the weight and the product.
         """
-        n, width = node.dequantised, node.output.width
+        n, width = node.dequantized, node.output.width
         result = self.count(product.shape) * product.width
         return max(n * (6 if width == 4 else 4 + width), n * width + result) if n else 0
 
@@ -164,12 +164,12 @@ class Graph:
     def linear_in_4_bits(
         self, x: Value, weight_count: int, bias: nn.Parameter | None, out: str
     ) -> Value:
-        """y = x W, where W is dequantised in the forward and the backward pass: saves nothing."""
+        """y = x W, where W is dequantized in the forward and the backward pass: saves nothing."""
         if self.autocast:
             x = self.cast(x, 2)
         shape = f"{x.shape.rsplit(' ', 1)[0]} {out}"
         y = self.node("4-bit", [x], shape, x.width, weights=[bias])
-        self.nodes[-1].dequantised = weight_count
+        self.nodes[-1].dequantized = weight_count
         return y
 
     def dropout(self, x: Value, p: float) -> Value:

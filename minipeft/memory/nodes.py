@@ -37,7 +37,7 @@ class Node:
     weights      parameters whose gradient is computed here
     fresh        True if the gradients of the inputs are new tensors, as for a product; False if the
                  gradient of the output is passed on, as for a sum or a view
-    dequantised  elements of a 4-bit weight that is dequantised here, forward and backward
+    dequantized  elements of a 4-bit weight that is dequantized here, forward and backward
     scratch      temporaries of its backward pass, in tensors of the size of the output
     held         values that Python variables keep alive here without being saved, if they matter
     """
@@ -48,7 +48,7 @@ class Node:
     saved: list[Value]
     weights: list[nn.Parameter] = field(default_factory=list)
     fresh: bool = True
-    dequantised: int = 0
+    dequantized: int = 0
     scratch: int = 0
     held: list[Value] = field(default_factory=list)
 

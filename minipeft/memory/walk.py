@@ -25,7 +25,7 @@ def saved_by_block(graph: Graph) -> list[tuple[str, str, int]]:
 def forward_peak(graph: Graph) -> Counter[str]:
     """The composition at the peak of the forward pass, or of a block that is recomputed.
 
-    Only nodes with temporaries count: those that dequantise a weight, or where Python variables
+    Only nodes with temporaries count: those that dequantize a weight, or where Python variables
     keep tensors alive. Empty if there are none; then the loss or the backward pass needs more.
     """
     last_use = {x.storage: i for i, node in enumerate(graph.nodes) for x in node.inputs}
@@ -45,10 +45,10 @@ def forward_peak(graph: Graph) -> Counter[str]:
                 saved |= {x.storage for begin, _, x in graph.blocks if begin <= i}
                 end = _last_needed(graph, end)
                 held = 2 * held + graph.bytes(graph.nodes[end].output)
-        if node.held or node.dequantised and not (graph.checkpointing and i > end):
+        if node.held or node.dequantized and not (graph.checkpointing and i > end):
             now: Counter[str] = Counter(activations=sum(map(graph.bytes, saved)))
-            if node.dequantised:
-                now["temporaries"] = held + graph.dequantisation(node, node.output)
+            if node.dequantized:
+                now["temporaries"] = held + graph.dequantization(node, node.output)
             for value in (live | named | {x.storage for x in node.held}) - saved:
                 now[_part(value, "temporaries")] += graph.bytes(value)
             peak = max(peak, now, key=Counter.total)
@@ -127,7 +127,7 @@ class _Backward:
         """Compute the gradients of a node's inputs and weights from that of its output."""
         scratch = node.scratch * self.graph.bytes(node.output)
         if node.inputs and node.inputs[0].grad:
-            scratch += self.graph.dequantisation(node, node.inputs[0])
+            scratch += self.graph.dequantization(node, node.inputs[0])
         self.now["temporaries"] += scratch
         self.record_peak(moment)
         self.now["temporaries"] -= scratch
@@ -188,7 +188,7 @@ def _last_needed(graph, end):
 
     When the backward pass reaches it, checkpointing recomputes the block up to this node."""
     end -= 1
-    while graph.nodes[end].dequantised or not graph.nodes[end].fresh:  # these save nothing
+    while graph.nodes[end].dequantized or not graph.nodes[end].fresh:  # these save nothing
         end -= 1
     return end
 

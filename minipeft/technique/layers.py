@@ -42,7 +42,7 @@ def add_product(h: torch.Tensor, z: torch.Tensor, weight: torch.Tensor) -> torch
 class InPlace(nn.Module):
     """Replaces the layer `base`, and has the attributes of a layer that model code reads."""
 
-    base: Any  # one of KINDS, a layer with quantised weights, or another InPlace
+    base: Any  # one of KINDS, a layer with quantized weights, or another InPlace
 
     @property
     def weight(self) -> torch.Tensor:
@@ -107,7 +107,7 @@ def put_lora(
 def shift_weights(model: Model, merge: bool) -> Model:
     """Add every low-rank change to its base weight (merge=False: subtract it). Returns the model.
 
-    Raises ValueError if that is done already, the base is quantised, or a weight is tied.
+    Raises ValueError if that is done already, the base is quantized, or a weight is tied.
     """
     layers = lora_layers(model)
     require(
@@ -116,8 +116,8 @@ def shift_weights(model: Model, merge: bool) -> Model:
     )
     require(
         all("weight" in dict(layer.base.named_parameters()) for layer in layers.values()),
-        "This base is quantised: the sum would have to be rounded to 4 bits again. Load the "
-        "adapter on the unquantised base and merge there.",
+        "This base is quantized: the sum would have to be rounded to 4 bits again. Load the "
+        "adapter on the unquantized base and merge there.",
     )
     for name, layer in layers.items():
         _refuse_tied(model, name, layer.base, "keep the adapter beside it, or untie the head first")
@@ -215,7 +215,7 @@ def _refuse_tied(model, name, layer, remedy):
 @torch.no_grad()
 def _refuse_other_arithmetic(name, layer):
     """Raise ValueError for a layer whose output is not that of its weight, such as a subclass of
-    nn.Linear that normalises its output, or an embedding that rescales its weight (max_norm)."""
+    nn.Linear that normalizes its output, or an embedding that rescales its weight (max_norm)."""
     weight, rescales = layer.weight, getattr(layer, "max_norm", None)
     if (type(layer) in KINDS and not rescales) or not has_numbers(layer):
         return

@@ -112,7 +112,7 @@ def language_model_head(model: nn.Module) -> nn.Module | None:
 def heads(model: nn.Module) -> dict[str, nn.Module]:
     """{name: module} outside the backbone of a model without a language-model head.
 
-    On a classifier that is the head, which is randomly initialised and has to be trained.
+    On a classifier that is the head, which is randomly initialized and has to be trained.
     """
     backbone = getattr(model, "base_model", model)
     if backbone is model or language_model_head(model) is not None:

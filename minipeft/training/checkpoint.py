@@ -199,7 +199,7 @@ def _refuse_others(folder, name, found, expected):
 def load_tensors(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, best_is_apart: bool
 ) -> dict[str, torch.Tensor]:
-    """Load the state in `folder` into model and optimiser; return the best trainable parameters.
+    """Load the state in `folder` into model and optimizer; return the best trainable parameters.
 
     best_is_apart: are the best parameters in best.safetensors, not those of this step?
     Raises ValueError if a file is damaged; the model is then unchanged.

@@ -13,7 +13,7 @@ rounding. Each rank draws its own dropout masks.
 "ddp"   every rank holds the whole model; gradients are all-reduced (Li et al. 2020, "PyTorch
         Distributed", section 3). This is done by hand after the backward pass, so the model needs
         no wrapper.
-"fsdp"  parameters, gradients and optimiser state are sharded, and the parameters of a block are
+"fsdp"  parameters, gradients and optimizer state are sharded, and the parameters of a block are
         gathered only while it runs: ZeRO stage 3 (Rajbhandari et al. 2020, section 5), by torch's
         `fully_shard`.
 """
@@ -43,7 +43,7 @@ _patient: dist.ProcessGroup | None = None  # a group with that timeout; None bef
 
 
 def start(timeout: float = 30, device: str | None = None) -> torch.device:
-    """Initialise the process group of this `torchrun`. Returns the device of this rank.
+    """Initialize the process group of this `torchrun`. Returns the device of this rank.
 
     timeout: seconds after which a rank stops waiting for another one in a step. While the main
     process writes files, the others wait for as long as it lives.
@@ -141,7 +141,7 @@ def rank_seed(seed: int, step: int, device: torch.device) -> Iterator[None]:
 def distribute(model: nn.Module, kind: str) -> nn.Module:
     """Copy rank 0's parameters and buffers to all ranks; for "fsdp" shard them. Returns the model.
 
-    Call it after adding the technique, and before `train`, which creates the optimiser.
+    Call it after adding the technique, and before `train`, which creates the optimizer.
     Raises ValueError for another kind, before `start`, and for a model on a device that the backend
     does not support.
     """

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class History:
     """Losses, learning rates and gradient norms of a run.
 
-    The lists have one entry per optimiser step, the eval lists one per evaluation. Losses are means
+    The lists have one entry per optimizer step, the eval lists one per evaluation. Losses are means
     over the targets: nats per target token for a language model, nats per row for a classifier, and
     so on (the table in loss.py). `grad_norm` is the norm before clipping, and inf where float16
     gradients overflowed and the step was skipped; `lr` has no unit.
@@ -64,7 +64,7 @@ class History:
         ax.plot(steps, self.train_loss, color="#0072B2", linewidth=1, label="training")
         if self.eval_loss:
             ax.plot(self.eval_step, self.eval_loss, "o-", color="#D55E00", label="evaluation")
-        ax.set_xlabel("optimiser step")
+        ax.set_xlabel("optimizer step")
         ax.set_ylabel("loss (nats per target token)")
         ax.legend()
         return ax

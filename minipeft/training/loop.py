@@ -84,7 +84,7 @@ def train(
     seed: int = 0,
     progress: bool = True,
 ) -> History:
-    """Train the trainable parameters in place for `max_steps` optimiser steps.
+    """Train the trainable parameters in place for `max_steps` optimizer steps.
 
     batches: an iterable that can be repeated (list, DataLoader, Batches) of dicts of int64 tensors
     (batch, seq): input_ids, attention_mask, labels (not shifted; -100 is ignored). For classifiers
@@ -94,7 +94,7 @@ def train(
     beta 0.9 and 0.999, eps 1e-8; `lr` rises linearly over `warmup_steps`, then falls to 0.
     groups: parameter groups as torch.optim takes them, each with an optional lr and weight_decay;
     all follow the same schedule. Default: `decay_groups`. History.lr records the first group's.
-    loss_sum: the function (model, batch) to minimise, which returns the loss summed over the
+    loss_sum: the function (model, batch) to minimize, which returns the loss summed over the
     targets. Default: cross-entropy for a causal language model, the model's own loss for others.
     Evaluation always uses the default.
     max_grad_norm: gradients are clipped to this norm; None for no clipping.

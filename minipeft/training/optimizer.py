@@ -21,7 +21,7 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """
     matrices, tables = set(), set()
     for module in model.modules():
-        # Not `module.weight`: a 4-bit layer has no such parameter, and dequantises at each access.
+        # Not `module.weight`: a 4-bit layer has no such parameter, and dequantizes at each access.
         weight = {module._parameters.get("weight")} - {None}
         if isinstance(module, (nn.Linear, Conv1D)):
             matrices |= weight
@@ -67,7 +67,7 @@ def adamw(groups: list[dict[str, Any]], lr: float) -> torch.optim.AdamW:
 
 
 class Stepper:
-    """Clips the gradients and takes the optimiser step, unless loss or gradients are not finite.
+    """Clips the gradients and takes the optimizer step, unless loss or gradients are not finite.
 
     This is decided on the device, so that the host does not wait for it. From the first non-finite
     step on, all steps are skipped. If float16 gradients overflow, only that step is, and the loss

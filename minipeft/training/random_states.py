@@ -27,7 +27,7 @@ def random_states(batches: object = None) -> dict[str, Any]:
     JSON keeps them exactly.
     """
     tensors = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_initialized():  # otherwise nothing was drawn there; do not initialise it
+    if torch.cuda.is_initialized():  # otherwise nothing was drawn there; do not initialize it
         for i, state in enumerate(torch.cuda.get_rng_state_all()):
             tensors[f"cuda:{i}"] = state
     if torch.backends.mps.is_available():

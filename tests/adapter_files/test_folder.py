@@ -289,7 +289,7 @@ def test_loading_only_reads(tmp_path):
     assert everything(tmp_path) == before
 
 
-def test_saving_touches_no_neighbour(tmp_path):
+def test_saving_touches_no_neighbor(tmp_path):
     folder = save_adapter(tuned(seed=0), tmp_path / "adapter")
     (folder / "optimizer.pt").write_bytes(b"0" * 100_000)
     (folder / "notes").mkdir()

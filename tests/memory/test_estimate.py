@@ -97,7 +97,7 @@ def test_prediction_is_within_two_percent_of_the_measurement(step):
         # the two gradients of a tied table and their sum stand at once
         (GPT2Config(n_layer=1), None, {"optimizer": "sgd", "seq": 10}),
         (GPT2Config(n_layer=2), "c_attn", {"dtype": torch.bfloat16}),
-        # the peak falls on the optimiser's step
+        # the peak falls on the optimizer's step
         (LlamaConfig(num_hidden_layers=2), None, {"seq": 8, "optimizer": "adamw-foreach"}),
         (GPT2Config(n_layer=2), None, {"seq": 8, "optimizer": "adamw8bit"}),
         # on CUDA a dropout mask has one byte an element, and fused attention keeps none

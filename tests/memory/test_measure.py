@@ -151,7 +151,7 @@ def test_torchs_own_tracker_finds_the_same_peak():
     for config, options in (
         (GPT2Config(), {"batch": 8, "seq": 200}),  # the peak is at the loss
         (GPT2Config(n_layer=3), {"batch": 1, "seq": 64, "optimizer": "sgd"}),  # at the embedding
-        (LlamaConfig(num_hidden_layers=3), {"batch": 1, "seq": 50}),  # at the optimiser's step
+        (LlamaConfig(num_hidden_layers=3), {"batch": 1, "seq": 50}),  # at the optimizer's step
         (BloomConfig(n_layer=3), {"batch": 8, "seq": 300, "checkpointing": True}),
     ):
         own, theirs = (measure(config, **options, tracker=t) for t in ("own", "torch"))

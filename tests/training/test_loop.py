@@ -211,7 +211,7 @@ def test_history_goes_through_json_and_draws():
     history = run(build(), eval_batches=BATCHES, eval_every=3)
     assert History.from_json(history.to_json()) == history
     ax = history.plot()
-    assert ax.get_xlabel() == "optimiser step" and "nats" in ax.get_ylabel()
+    assert ax.get_xlabel() == "optimizer step" and "nats" in ax.get_ylabel()
 
 
 def test_bad_input_gets_one_sentence(tmp_path):
