@@ -132,7 +132,7 @@ def has_interval(own):
 
 
 def ends_of(own, measure):
-    """The ends of the 95 % interval, in percent or as a loss, at most as wide as is possible."""
+    """The ends of the 95 % interval, in percent or as a loss, cut where no score can be."""
     low, high = compare(torch.stack(list(own.values())))[1:3]
     if measure == RIGHT:
         return max(0.0, 100 * low), min(100.0, 100 * high)
