@@ -11,11 +11,9 @@ writes); and students with half of the blocks.
   write_B       32 new tokens for B prompts of 16 tokens, over the bare model's; write_ms_B
   peak_gib      the most memory of such a step, with AdamW in float32 (`memory.measure`)
   file_bytes    what has to be kept: the adapter's file, or the trained tensors in one file
-  frozen        were all models frozen to read and write? "no" in the first rows, whose ratios are
-                therefore not to be compared with the others
 
 Ratios are medians of rounds in which both contenders take turns, in an order that changes: of
---rounds, or of fewer where two or more took 5 seconds. Their weights lie in memory that was
+--rounds, or of fewer where two or more took a minute. Their weights lie in memory that was
 allocated in the same way: a model loaded from a file and one that was copied differ in speed by
 several per cent on a CPU. All are frozen to read and write: torch multiplies the last position
 (`logits_to_keep=1`) by a frozen head row by row of the batch, and by a trainable one at once.
@@ -58,8 +56,8 @@ from this_machine import InTime, append_rows, rows_so_far, seconds, this_machine
 
 RESULTS = Path(__file__).resolve().parent / "results" / "cost.csv"
 BATCHES = (1, 32, 256)
-ENOUGH = 5.0  # seconds of two contenders that take turns
-COLUMNS = """date device threads torch transformers method state frozen trainable file_bytes
+ENOUGH = 60.0  # seconds of two contenders that take turns
+COLUMNS = """date device threads torch transformers method state trainable file_bytes
 peak_gib step_ratio""".split()
 COLUMNS += [
     f"{kind}_{size}" for size in BATCHES for kind in ("read", "read_ms", "write", "write_ms")
@@ -173,7 +171,7 @@ def rows_of(method, batches, rounds):
     for state, model in states(method):
         if state == "as trained" and method != "zero-shot":  # later it is frozen
             kept = {"trainable": count_parameters(model)[0], "file_bytes": file_bytes(model)}
-        row = {"method": method, "state": state, "frozen": "yes"} | kept
+        row = {"method": method, "state": state} | kept
         if state == "as trained" and method != "zero-shot":
             row["peak_gib"] = f"{measure(copy.deepcopy(model), batch=8, seq=64).total / 2**30:.3f}"
             lora, _ = fresh(add_lora, 0)
@@ -204,7 +202,7 @@ def main():
     logging.set_verbosity_error()
     common = this_machine()
     asked = [f"{kind}_{size}" for size in options.batches for kind in ("read", "write")]
-    stored = [row for row in rows_so_far(options.out) if row["frozen"] == "yes"]
+    stored = rows_so_far(options.out)
     done = {row["method"] for row in stored if all(row[name] for name in asked)}
     left, failed = [method for method in options.methods if method not in done], []
     for method in in_time(list(left)):
