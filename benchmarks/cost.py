@@ -13,10 +13,11 @@ writes); and students with half of the blocks.
   file_bytes    what has to be kept: the adapter's file, or the trained tensors in one file
 
 Ratios are medians of rounds in which both contenders take turns, in an order that changes: of
---rounds, or of fewer where two or more took a minute. Their weights lie in memory that was
-allocated in the same way: a model loaded from a file and one that was copied differ in speed by
-several per cent on a CPU. All are frozen to read and write: torch multiplies the last position
-(`logits_to_keep=1`) by a frozen head row by row of the batch, and by a trainable one at once.
+--rounds, or of fewer where two or more took a minute. To read and write, the weights of both are
+copied before each round: on a CPU two copies of one model can differ in speed by several percent,
+and stay so until their memory is allocated anew. All are frozen to read and write: torch multiplies
+the last position (`logits_to_keep=1`) by a frozen head row by row of the batch, and by a trainable
+one at once.
 
 A method that results/cost.csv has from this device is not measured again. With --seconds none is
 begun that might not end in time, to judge by the longest so far. Exit status: 0 when nothing is
@@ -93,21 +94,23 @@ def states(method):
 
 
 def settled(model):
-    """The model frozen, with all weights in memory of their own, allocated alike for all."""
+    """The model frozen, with all weights in memory that is allocated now."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
     return model.requires_grad_(False).eval()
 
 
-def compare(contenders, rounds):
+def compare(contenders, rounds, before=lambda: None):
     """(seconds of the first over seconds of the second function, seconds of the first): medians.
 
     Of `rounds` rounds, or of fewer if they took ENOUGH; each contender begins half of them.
+    `before` is called before each round.
     """
     ratios, times, spent, device = [], [], 0.0, pick_device()
     for number in range(rounds + 1):
         if number > 2 and number % 2 and spent > ENOUGH:
             break
+        before()
         taken = {}
         for who in (0, 1) if number % 2 else (1, 0):
             taken[who] = seconds(contenders[who], device)
@@ -165,7 +168,7 @@ def rows_of(method, batches, rounds):
         draw = torch.Generator().manual_seed(0)
         return torch.randint(100, words, (batch, seq), generator=draw).to(device)  # (batch, seq)
 
-    bare = settled(load_base()[0])
+    bare = load_base()[0]
     words = bare.config.vocab_size
     kept = {}
     for state, model in states(method):
@@ -177,12 +180,11 @@ def rows_of(method, batches, rounds):
             lora, _ = fresh(add_lora, 0)
             pair = [stepper(copy.deepcopy(m), ids(8, 64)) for m in (model, lora)]
             row["step_ratio"] = f"{compare(pair, rounds)[0]:.3f}"
-        settled(model)
         for size in batches:
             for kind, work, seq in (("read", read, 64), ("write", write, 16)):
                 rows = ids(size, seq)
                 pair = [lambda m=m, w=work, r=rows: w(m, r) for m in (model, bare)]
-                ratio, taken = compare(pair, rounds)
+                ratio, taken = compare(pair, rounds, lambda m=model: (settled(m), settled(bare)))
                 row |= {
                     f"{kind}_{size}": f"{ratio:.3f}",
                     f"{kind}_ms_{size}": f"{1000 * taken:.1f}",
