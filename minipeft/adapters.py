@@ -51,8 +51,8 @@ class Adapter(InPlace):
         self.down = nn.Linear(hidden, bottleneck, **factory_kwargs)
         self.up = nn.Linear(bottleneck, hidden, **factory_kwargs)
         self.activation = activation
-        # As in the paper: normal with deviation 1e-2, truncated at two deviations. The quantile
-        # function is used because trunc_normal_ resamples, which fails on the meta device.
+        # As in the paper (section 3.6): normal, std 1e-2, truncated at two standard deviations. The
+        # quantile function is used because trunc_normal_ resamples, which fails on the meta device.
         edge = math.erf(math.sqrt(2))
         with torch.no_grad():
             self.down.weight.uniform_(-edge, edge).erfinv_().mul_(0.01 * math.sqrt(2))

@@ -95,7 +95,7 @@ def position_ids_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
     attention_mask: (batch, seq), 1 for tokens, 0 for padding. Returns int64 (batch, seq). Padding
     gets the position of the token before it, or 0, so no position exceeds the model's table.
     Raises ValueError for anything else. The mask's values are checked on the CPU only, because on a
-    GPU the check would force a synchronisation.
+    GPU the check would force a synchronization.
     """
     mask = attention_mask
     valid = isinstance(mask, torch.Tensor) and mask.dim() > 0

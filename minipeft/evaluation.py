@@ -126,8 +126,8 @@ def complete(
     position_ids from `generate`. If the model does not take position_ids, such as Bloom, a batch
     holds only prompts of equal length.
     Returns the new text of each, without special tokens.
-    Raises ValueError if a prompt is empty, unless `model` is a causal language model, and if
-    `generate` numbers its positions wrong.
+    Raises ValueError if a prompt is empty, and for a model that is no causal language model or does
+    not number its positions as `generate` does.
     """
     prompt_list = _list_of(prompts, model, "complete")
     refuse_size("max_new_tokens", max_new_tokens, "number of tokens")
@@ -189,7 +189,7 @@ def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, f
     if not 0 <= correct <= total or not 0 < total < 2**53:
         raise ValueError(f"{correct} right answers out of {total} is not a share.")
     if not isinstance(z, int | float) or isinstance(z, bool) or not 0 < z < 1e6:
-        raise ValueError(f"z={shown(z)} must be a number above 0; 1.96 is 95 % sure.")
+        raise ValueError(f"z={shown(z)} must be a number above 0; 1.96 is for 95 % confidence.")
     p = correct / total
     center = (p + z * z / (2 * total)) / (1 + z * z / total)
     half = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total)) / (1 + z * z / total)

@@ -1,8 +1,8 @@
 """Read the stored training runs and costs, and say what they show.
 
 A score from a few seeds and a few hundred test rows varies for two reasons: another seed would
-train another model, and other rows would be other questions. An interval over the rows alone takes
-the seeds for the truth, one over the seeds alone wastes the rows. `compare` counts both.
+train another model, and other rows would be other questions. An interval over the rows alone
+ignores the spread of the seeds, one over the seeds alone that of the rows. `compare` counts both.
 """
 
 import csv
@@ -24,9 +24,9 @@ def runs_of(path: str | Path, task: str, device: str | None = None) -> list[dict
     Numbers are numbers; `answers` is a float tensor (rows,) of 1 for right and 0 for wrong;
     `curve` is {step: training loss}; what stands in `details` becomes a key of its own.
     device: the device whose runs are wanted. Default: the one with the most runs of this task.
-    Runs of different devices never come together. Of a run that was made twice, the newer counts.
-    Nor do students of two teachers (benchmarks/tasks/distillation.py): those of the teacher with
-    fewer runs are left out, with a warning. A run that diverged has no answers.
+    Runs of different devices are never mixed, nor are students of different teachers
+    (benchmarks/tasks/distillation.py): only those of the teacher with most runs are returned,
+    with a warning. Of a run made twice, the newer counts. A run that diverged has no answers.
     Raises ValueError if there is no such run.
     """
     with open(path, newline="", encoding="utf-8") as file:
@@ -86,7 +86,7 @@ def at_best_rate(runs: list[dict], fresh: bool = False) -> dict[str, list[dict]]
 
     That is the rate of the lowest validation loss among the runs of the lowest seed. A method all
     of whose runs have one rate needs no validation loss.
-    fresh: leave out the seed that chose between rates, which is the luckiest of its runs.
+    fresh: leave out the seed that chose between rates, since the choice favors it.
     Raises ValueError for runs of several numbers of examples, and for an unknown rate.
     """
     sizes = sorted({run["examples"] for run in runs})
@@ -143,7 +143,7 @@ def compare(
     ours: scores (seeds, rows), two seeds and two rows at least. theirs: (seeds, rows), paired seed
     by seed and row by row; or (1, rows) for a model that is not trained; or a number. Three seeds
     are better: in a simulation (benchmarks/interval_coverage.py) a 95 % interval from two held the
-    truth in 89 to 98 % of the cases, from three and more in 93 to 98 %. With x the
+    truth in 89 to 98 % of the cases, from three or more in 93 to 98 %. With x the
     difference of a seed and a row, a two-way model without replication
     x[s, r] = mean + a[s] + b[r] + e[s, r] gives the variance of the mean as
     (MS_seeds + MS_rows - MS_rest) / (seeds * rows), and Satterthwaite (1946) the degrees of freedom

@@ -49,7 +49,7 @@ class LoRALinear(InPlace):
         self.train(base.training)
 
     def reset_parameters(self) -> None:
-        # The paper draws A from a Gaussian but does not give its deviation. The authors' code and
+        # The paper draws A from a Gaussian but gives no standard deviation. The authors' code and
         # HF peft initialize A like nn.Linear: uniform in +-1/sqrt(in).
         nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
 
@@ -123,7 +123,7 @@ def add_lora(model: Model, r: int = 8, alpha: float = 16, dropout: float = 0.0,
     The head of a classifier is newly initialized, so it is trained in full and gets no LoRA. If the
     embedding is tied to the head, LoRA affects only the embedding lookup, and cannot be merged.
     Raises ValueError for a name that matches no layer, a tied head, a number out of range, a layer
-    whose forward is more than its weight's product, and a model that already has a technique.
+    that does more than multiply by its weight, and a model that already has a technique.
     """
     targets = list_of_names(targets)
     check_settings(r, alpha, dropout, scaling, dora)

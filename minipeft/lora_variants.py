@@ -1,4 +1,4 @@
-"""Variants of LoRA: another scaling, a trainable length per row, embeddings, a faster B.
+"""Variants of LoRA: another scaling, a trainable magnitude per row, embeddings, a faster B.
 
     rsLoRA   h = W0 x + (alpha / sqrt(r)) B A x       Kalajdzievski 2023, theorem 3.2
     DoRA     h = m V x / |V|                          Liu et al. 2024, section 4, equation 5
@@ -29,7 +29,7 @@ def rslora_scaling(alpha: float, r: int) -> float:
 class OneHot(InPlace):
     """LoRA on an embedding: x is one-hot, `in` is the vocabulary size, A x is a column of A."""
 
-    lora_A: nn.Parameter  # (r, in), like the following from LoRALinear
+    lora_A: nn.Parameter  # (r, in); LoRALinear sets these three
     lora_B: nn.Parameter
     scaling: float
 
@@ -46,9 +46,9 @@ class OneHot(InPlace):
 
 
 class DoRA(InPlace):
-    """LoRA that also trains m, the length of each row of V = W0 + scaling * B A."""
+    """LoRA that also trains m, the length of each row of the new weight m V / |V|."""
 
-    lora_A: nn.Parameter  # (r, in), like the following from LoRALinear
+    lora_A: nn.Parameter  # (r, in); LoRALinear has these six
     lora_B: nn.Parameter
     dropout: float
     merged: bool
@@ -70,7 +70,7 @@ class DoRA(InPlace):
         y = add_product(h, self.down(x), self.lora_B)  # V x and the bias: (batch, seq, out)
         v = y if self.bias is None else y - self.bias  # V x
         if self.dropout and self.training:
-            v = v + (self.base(x) - h)  # in this term HF peft applies dropout to W0 x as well
+            v = v + (self.base(x) - h)  # as in HF peft, dropout also applies to W0 x here
         return (y + (self.lora_magnitude / self.norms() - 1) * v).to(h.dtype)
 
     def new_matrix(self) -> torch.Tensor:

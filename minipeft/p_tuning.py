@@ -1,8 +1,8 @@
 """P-tuning: a small encoder computes the vectors of the virtual tokens (Liu et al. 2021).
 
-    v_i = MLP([LSTM(e_1..e_n) forward at i : backward at i])      section 2.2.1, "Optimization"
+    v_i = MLP([LSTM(e_1..e_n) forward at i : backward at i])      section "Optimization"
 
-The vectors go in front of the input, or between the words of a template (section 2.2). After
+The vectors go in front of the input, or between the words of a template. After
 training, the encoder can be dropped: its outputs are a fixed table.
 """
 
@@ -26,7 +26,7 @@ class PromptEncoder(VirtualTokens):
 
     encoder "lstm": two bidirectional LSTM layers of `width` per direction, then a two-layer MLP.
     encoder "mlp": three linear layers, applied to each token separately. None: only the table.
-    Layers and sizes are those of HF peft, which took them from the authors' code.
+    Layers and sizes are those of HF peft; the authors' LSTM is half as wide.
     """
 
     def __init__(
@@ -82,11 +82,12 @@ def add_p_tuning(
     encoder_hidden_size  width of the encoder; by default the hidden size of the model.
     placeholder_id       None: the virtual tokens go in front. An integer: every row of input_ids
                          contains it n times, and these positions get the virtual tokens in order;
-                         the sequence keeps its length. It must not occur in the text otherwise, and
+                         the sequence keeps its length. It must not occur elsewhere in the text, and
                          may lie outside the vocabulary.
     Trainable parameters are float32 even on a half-precision base (float64 on a float64 base).
     Raises ValueError for an unknown encoder, a size below 1, and a model that already has a
-    technique or has no language-model head. The model raises it for a wrong number of placeholders.
+    technique or has no language-model head. Calling the model raises it for rows with another
+    number of placeholders than n.
     """
     if encoder not in ENCODERS:
         raise ValueError(f"encoder={encoder!r} is none of {', '.join(map(repr, ENCODERS))}.")

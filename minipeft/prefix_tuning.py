@@ -88,8 +88,8 @@ def add_prefix_tuning(
     text                 initialize with the keys and values that the frozen model computes for
                          `text`, truncated or repeated to n tokens: before training, the model
                          then behaves as if the text stood in front. Otherwise the table is drawn
-                         from a normal distribution of deviation 0.1 (HF peft: 1, which disturbs a
-                         model more), and the embedding in front of an MLP of deviation 1.
+                         from a normal distribution with standard deviation 0.1 (HF peft: 1, which
+                         disturbs a model more); in front of an MLP, the embedding with 1.
     Trainable parameters are float32 even on a half-precision base (float64 on a float64 base).
     Raises ValueError for a length or width below 1, text together with projection, layers without
     full attention, and a model that already has a technique or has no language-model head.

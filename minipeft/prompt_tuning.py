@@ -44,8 +44,9 @@ def add_prompt_tuning(
                         "text"    the embeddings of `text`, truncated or repeated to n tokens.
                                   Before training, this equals typing the text in front.
                         "vocab"   the embeddings of n random tokens, except special tokens.
-                        "random"  normal, with the mean and deviation of the embedding table.
-    tokenizer           encodes `text` and tells special tokens; by default that of `load_base`.
+                        "random"  normal, with the mean and standard deviation of the embedding
+                                  table (the paper: uniform in +-0.5).
+    tokenizer           encodes `text` and says which tokens are special; default: `load_base`'s.
     The vectors are float32 even on a half-precision base (float64 on a float64 base).
     Raises ValueError for an unknown init, a length below 1, missing or empty text, and a model that
     already has a technique or has no language-model head.

@@ -67,7 +67,7 @@ def nf4_pairs() -> torch.Tensor:
 
 def table(make: Callable[..., torch.Tensor], like: torch.Tensor, *args: object) -> torch.Tensor:
     """make(*args) on the device of `like`, cached for each device: a copy from the host at every
-    use would synchronise the GPU."""
+    use would synchronize the GPU."""
     if isinstance(like, FakeTensor):  # not cached, because it is invalid outside its FakeTensorMode
         return make(*args).to(like.device)
     return _made_once(make, like.device, *args)
@@ -255,5 +255,5 @@ def _refuse_weights(model, stack):
         if not weight.is_floating_point() or (check_values and not weight.isfinite().all()):
             raise ValueError(
                 f"{names.get(weight, 'A weight')} ({weight.dtype}) cannot be kept in NF4: it is "
-                "no floating-point number, or NaN or infinite in places."
+                "not floating-point, or NaN or infinite in places."
             )

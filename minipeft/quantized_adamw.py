@@ -3,7 +3,7 @@
     p <- p - lr * (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay * p)
 
 After each step the moments m and v are quantized block-wise with the dynamic code of section 1.3:
-signed for m, unsigned for v, which is a mean of squares.
+signed for m, unsigned for v, which is a mean of squares (section 2.2).
 """
 
 import math
@@ -83,7 +83,8 @@ class AdamW8bit(torch.optim.Optimizer):
         self._write(state, "v", v)
         v.sqrt_().div_(math.sqrt(1 - beta2 ** state["step"])).add_(group["eps"])
         p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.addcdiv_(m.to(p.dtype), v.to(p.dtype), value=-group["lr"] / (1 - beta1 ** state["step"]))
+        # Not in p's dtype: eps is 0 in float16, and 0 / 0 is NaN.
+        p.addcdiv_(m, v, value=-group["lr"] / (1 - beta1 ** state["step"]))
 
     def _read(self, state, name, p):
         """The moment "m" or "v" of p, dequantized to float32; zeros before the first step."""

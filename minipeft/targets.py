@@ -12,7 +12,7 @@ COMPILED = 32  # a compiled model makes the logits of a multiple of so many posi
 def target_places(batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """(rows, columns), each (targets,): labels[rows, columns + 1] are the targets.
 
-    Call it before the labels move to the GPU, where `nonzero` forces a synchronisation.
+    Call it before the labels move to the GPU, where `nonzero` forces a synchronization.
     """
     return (batch["labels"][:, 1:] != -100).nonzero(as_tuple=True)
 
@@ -33,7 +33,7 @@ def logits_at_targets(
     keep = labels.shape[1] - int(columns.min()) if len(columns) else 1
     if torch.is_grad_enabled() and model._compiled_call_impl is not None:
         # The first target of a batch decides how many logits are asked for, and every other number
-        # is a new shape to compile. Some more do not matter, since they are counted from the end.
+        # is a new shape to compile. A few more do no harm, since they are counted from the end.
         keep = min(-(-keep // COMPILED) * COMPILED, labels.shape[1])
     first = labels.shape[1] - keep
     inputs = {name: send(tensor, device) for name, tensor in batch.items() if name != "labels"}

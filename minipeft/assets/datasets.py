@@ -56,7 +56,7 @@ def _dataset(splits, columns):
 
 
 def load_reviews(source: str = "movies", min_rating: float = 1.0) -> "DatasetDict":
-    """Rated short texts as a DatasetDict with splits train, validation, test (80/10/10 per cent).
+    """Rated short texts as a DatasetDict with splits train, validation, test (80/10/10 percent).
 
     `source`: movies, amazon, editorials or tweets. Columns: text (str), rating (float, the mean
     of about 20 raters, -4 to 4), label (0 negative, 1 positive), prompt and answer (str). Rows with
@@ -119,7 +119,7 @@ def _reviews_of(source):
 def load_dialogues(language: str = "english") -> "DatasetDict":
     """Question and answer pairs as a DatasetDict: columns prompt, answer, topic (all str).
 
-    `language`: english or chinese. Splits train, validation, test (80/10/10 per cent). Pairs with
+    `language`: english or chinese. Splits train, validation, test (80/10/10 percent). Pairs with
     the same prompt are in one split. Source: chatterbot-corpus 1.3.3.
     Raises ValueError, AssetError.
     """
@@ -136,7 +136,7 @@ def load_dialogues(language: str = "english") -> "DatasetDict":
 def load_instructions(language: str = "english") -> "DatasetDict":
     """The course's own instructions as a DatasetDict: columns prompt, answer, category (all str).
 
-    `language`: english or chinese. Splits train, validation, test (80/10/10 per cent), stratified
+    `language`: english or chinese. Splits train, validation, test (80/10/10 percent), stratified
     by category. A prompt is the instruction, the input if there is one, and the cue "Answer:" or
     "回答：", each on its own line; English answers begin with a space. If the library datasets is
     not installed, each split is a list of dicts. Source: data/ of the repository, so neither cache

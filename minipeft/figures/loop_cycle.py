@@ -69,7 +69,7 @@ def loop_cycle(highlight: str | None = None) -> None:
 
 
 def _arrows(axis: Axes) -> None:
-    """One step round the cycle, the detour of accumulation, and what goes into a step."""
+    """One step around the cycle, the detour of accumulation, and what goes into a step."""
     for first, second in zip(CYCLE, CYCLE[1:] + CYCLE[:1], strict=True):
         a, b = PARTS[first], PARTS[second]
         onward, middle = a.x < b.x, TALL / 2

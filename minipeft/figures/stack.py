@@ -78,7 +78,7 @@ def _frozen(axis: Axes, trained: bool) -> None:
     for y in (6.2, 4.5, 3.3):
         arrow(axis, (5.3, 4.5), (6.0, y))
         arrow(axis, (7.7, y), (8.7, y))
-    for start, x in ((3.7, 13.6), (13.75, 18.2)):  # the residual stream goes round
+    for start, x in ((3.7, 13.6), (13.75, 18.2)):  # the residual stream goes around
         axis.plot([start, start, x, x], [4.5, 7.8, 7.8, 4.8], color=GREY, linewidth=1.2, zorder=4)
         axis.text(x, 4.5, "+", ha="center", va="center", fontsize=12,
                   bbox={"boxstyle": "circle,pad=0.1", "fc": "white", "ec": BLACK})  # fmt: skip

@@ -45,7 +45,7 @@ def rules_of_cuda() -> Iterator[None]:
 
 
 def bytes_of_others(device: torch.device, standing: int) -> int:
-    """Bytes that the process has allocated on a GPU beside the `standing` bytes of this step.
+    """Bytes that the process has allocated on a GPU besides the `standing` bytes of this step.
 
     Frees the workspace of cuBLAS, so that the step allocates it as a first step does, and resets
     the allocator's peak.

@@ -37,8 +37,9 @@ class Memory:
     parts    {name: the largest size of this part during the step}; None if not measured separately
     total    the peak: the most bytes in use at one moment
     at_peak  {name: the size of this part at the peak}, summing to `total`; empty if measured
-    moment   when the peak occurs: "forward pass" (with 4-bit weights, or long
-             sequences in Bloom), "loss", "backward pass" or "optimizer step"
+    moment   when the peak occurs: "forward pass" (with 4-bit weights, or long sequences in Bloom),
+             "loss", "backward pass" or "optimizer step"
+             (measured: "loss or backward pass" for the first three)
     kept     rows (operation, shape, bytes) of the tensors one block saves; empty if measured
     """
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from minipeft.freezing import at_least_float32, freeze
-from minipeft.refusals import require
+from minipeft.refusals import refuse_no_model, require
 from minipeft.technique.record import Record, Snapshot
 
 
@@ -47,7 +47,8 @@ def technique_of(model: nn.Module) -> str | None:
 
 
 def refuse_tuned(model: nn.Module) -> None:
-    """Raise ValueError for a model that has a technique already, ours or HF peft's."""
+    """Raise ValueError for no model, or one that has a technique already, ours or HF peft's."""
+    refuse_no_model(model)
     kind, present = type(model).__name__, technique_of(model)
     require(
         not present,

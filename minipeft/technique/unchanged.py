@@ -56,7 +56,7 @@ def unchanged(model: nn.Module) -> Iterator[dict[str, nn.Module]]:
 
 @torch.no_grad()
 def _output_of_two_tokens(model, plain=False):
-    """The first output tensor for two tokens that are not special, or None if it cannot be had.
+    """The first output tensor for two tokens that are not special, or None if there is none.
 
     plain: is this the model before the block? Modes and random states stay as they were.
     """
@@ -80,7 +80,7 @@ def _output_of_two_tokens(model, plain=False):
         if language_model_head(model) is None:  # another head may need more inputs
             return None
         raise ValueError(
-            f"{type(model).__name__} does not answer two ordinary tokens "
+            f"{type(model).__name__} fails on two ordinary tokens "
             f"({type(error).__name__}: {error}), so nothing can be added to it."
         ) from error
     values = output.values() if isinstance(output, dict) else output

@@ -72,12 +72,13 @@ def token_ids(
 ) -> torch.Tensor:
     """The ids of `text` without special tokens: int64 (n,), cut or repeated to n if n is given.
 
-    Raises ValueError if there is no tokenizer, or no token.
+    Raises ValueError if there is no tokenizer, no text, or no token in it.
     """
     tokenizer = tokenizer or getattr(model, "minipeft_tokenizer", None)
     if tokenizer is None:
         raise ValueError("There is no tokenizer for the text; pass tokenizer=.")
-    ids = tokenizer(text or "", add_special_tokens=False)["input_ids"]
+    is_text = isinstance(text, str)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"] if is_text else []
     if not ids:
         raise ValueError('To start from text, give some: text="Is this review positive?".')
     if n is not None:

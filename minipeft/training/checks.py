@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from minipeft.freezing import trainable_parameters
-from minipeft.refusals import refuse_no_model, require, shown
+from minipeft.refusals import require, shown
 from minipeft.training.distributed import world_size
 from minipeft.training.loss import refuse_kind
 from minipeft.training.modes import CUDA_GRAPHS
@@ -24,7 +24,6 @@ def refuse_bad_input(
 
     call: the arguments of `train` by name. groups: the parameter groups, defaults filled in.
     """
-    refuse_no_model(model)
     _refuse_numbers(call, groups)
     _refuse_precision(model, call["precision"])
     _refuse_compile(call)

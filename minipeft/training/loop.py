@@ -90,8 +90,8 @@ def train(
     (batch, seq): input_ids, attention_mask, labels (not shifted; -100 is ignored). For classifiers
     and other models of transformers, labels are what the model's own loss expects (loss.py).
     One step accumulates `accumulation` batches and divides the loss by all targets in them, so that
-    it equals one step on one large batch. AdamW (Loshchilov and Hutter 2019, section 3),
-    beta 0.9 and 0.999, eps 1e-8; `lr` rises linearly over `warmup_steps`, then falls to 0.
+    it equals one step on one large batch. AdamW (Loshchilov and Hutter 2019, section 2),
+    beta 0.9 and 0.999, eps 1e-8; `lr` rises linearly over `warmup_steps`, then falls linearly to 0.
     groups: parameter groups as torch.optim takes them, each with an optional lr and weight_decay;
     all follow the same schedule. Default: `decay_groups`. History.lr records the first group's.
     loss_sum: the function (model, batch) to minimize, which returns the loss summed over the
@@ -108,7 +108,8 @@ def train(
     eval_batches: evaluated every `eval_every` steps and at the end. The model keeps the weights of
     the lowest evaluation loss; without eval_batches, the last weights.
     checkpoint_dir: keeps the newest checkpoint, written every `save_every` steps (default: a tenth
-    of the run) and at the end. To resume, build the model as before and repeat the call.
+    of the run) and at the end. To resume, build the model as before and repeat the call; with
+    resume=False all checkpoints in the folder are removed first.
     seed: for Python, NumPy and torch, set at the start.
 
     Under torchrun the same call trains on all ranks (distributed.py). Pass the same `batches` on
@@ -119,6 +120,7 @@ def train(
     every 10 steps, so that error may come late, but no weight changes from that step on.
     """
     call = dict(locals())
+    refuse_no_model(model)
     groups = parameter_groups(model, groups, lr, weight_decay)
     refuse_bad_input(model, batches, call, groups)
     device, params = next(model.parameters()).device, list(trainable_parameters(model).values())

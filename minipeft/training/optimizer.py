@@ -46,7 +46,7 @@ def parameter_groups(
 
 
 def learning_rate(step: int, lr: float, warmup_steps: int, max_steps: int) -> float:
-    """The rate of step 0, 1, ...: rises linearly from 0 to `lr` in the warm-up, then falls to 0."""
+    """The rate of step 0, 1, ...: linear from 0 to `lr` in the warm-up, then down to 0."""
     if step < warmup_steps:
         return lr * step / warmup_steps
     return lr * (max_steps - step) / max(1, max_steps - warmup_steps)

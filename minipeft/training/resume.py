@@ -35,7 +35,7 @@ SETTINGS = (  # arguments of `train` that must be the same when a run is resumed
 
 @dataclass
 class Progress:
-    """The state of a run beside its model and optimizer.
+    """The state of a run, without its model and optimizer.
 
     place: {"epoch": ..., "index": ...} of the next batch. states: the random states to resume with.
     best: {name: tensor} of the lowest evaluation loss, on the CPU.
