@@ -11,13 +11,14 @@ writes); and students with half of the blocks.
   write_B       32 new tokens for B prompts of 16 tokens, over the bare model's; write_ms_B
   peak_gib      the most memory of such a step, with AdamW in float32 (`memory.measure`)
   file_bytes    what has to be kept: the adapter's file, or the trained tensors in one file
+  frozen        were all models frozen to read and write? "no" in the first rows, whose ratios are
+                therefore not to be compared with the others
 
 Ratios are medians of rounds in which both contenders take turns, in an order that changes: of
---rounds, or of fewer where two or more took a minute. To read and write, the weights of both are
-copied before each round: on a CPU two copies of one model can differ in speed by several percent,
-and stay so until their memory is allocated anew. All are frozen to read and write: torch multiplies
-the last position (`logits_to_keep=1`) by a frozen head row by row of the batch, and by a trainable
-one at once.
+--rounds, or of fewer where two or more took 5 seconds. Their weights lie in memory that was
+allocated in the same way: a model loaded from a file and one that was copied differ in speed by
+several per cent on a CPU. All are frozen to read and write: torch multiplies the last position
+(`logits_to_keep=1`) by a frozen head row by row of the batch, and by a trainable one at once.
 
 A method that results/cost.csv has from this device is not measured again. With --seconds none is
 begun that might not end in time, to judge by the longest so far. Exit status: 0 when nothing is
@@ -57,8 +58,8 @@ from this_machine import InTime, append_rows, rows_so_far, seconds, this_machine
 
 RESULTS = Path(__file__).resolve().parent / "results" / "cost.csv"
 BATCHES = (1, 32, 256)
-ENOUGH = 60.0  # seconds of two contenders that take turns
-COLUMNS = """date device threads torch transformers method state trainable file_bytes
+ENOUGH = 5.0  # seconds of two contenders that take turns
+COLUMNS = """date device threads torch transformers method state frozen trainable file_bytes
 peak_gib step_ratio""".split()
 COLUMNS += [
     f"{kind}_{size}" for size in BATCHES for kind in ("read", "read_ms", "write", "write_ms")
@@ -94,23 +95,21 @@ def states(method):
 
 
 def settled(model):
-    """The model frozen, with all weights in memory that is allocated now."""
+    """The model frozen, with all weights in memory of their own, allocated alike for all."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
     return model.requires_grad_(False).eval()
 
 
-def compare(contenders, rounds, before=lambda: None):
+def compare(contenders, rounds):
     """(seconds of the first over seconds of the second function, seconds of the first): medians.
 
     Of `rounds` rounds, or of fewer if they took ENOUGH; each contender begins half of them.
-    `before` is called before each round.
     """
     ratios, times, spent, device = [], [], 0.0, pick_device()
     for number in range(rounds + 1):
         if number > 2 and number % 2 and spent > ENOUGH:
             break
-        before()
         taken = {}
         for who in (0, 1) if number % 2 else (1, 0):
             taken[who] = seconds(contenders[who], device)
@@ -168,23 +167,24 @@ def rows_of(method, batches, rounds):
         draw = torch.Generator().manual_seed(0)
         return torch.randint(100, words, (batch, seq), generator=draw).to(device)  # (batch, seq)
 
-    bare = load_base()[0]
+    bare = settled(load_base()[0])
     words = bare.config.vocab_size
     kept = {}
     for state, model in states(method):
         if state == "as trained" and method != "zero-shot":  # later it is frozen
             kept = {"trainable": count_parameters(model)[0], "file_bytes": file_bytes(model)}
-        row = {"method": method, "state": state} | kept
+        row = {"method": method, "state": state, "frozen": "yes"} | kept
         if state == "as trained" and method != "zero-shot":
             row["peak_gib"] = f"{measure(copy.deepcopy(model), batch=8, seq=64).total / 2**30:.3f}"
             lora, _ = fresh(add_lora, 0)
             pair = [stepper(copy.deepcopy(m), ids(8, 64)) for m in (model, lora)]
             row["step_ratio"] = f"{compare(pair, rounds)[0]:.3f}"
+        settled(model)
         for size in batches:
             for kind, work, seq in (("read", read, 64), ("write", write, 16)):
                 rows = ids(size, seq)
                 pair = [lambda m=m, w=work, r=rows: w(m, r) for m in (model, bare)]
-                ratio, taken = compare(pair, rounds, lambda m=model: (settled(m), settled(bare)))
+                ratio, taken = compare(pair, rounds)
                 row |= {
                     f"{kind}_{size}": f"{ratio:.3f}",
                     f"{kind}_ms_{size}": f"{1000 * taken:.1f}",
@@ -204,7 +204,7 @@ def main():
     logging.set_verbosity_error()
     common = this_machine()
     asked = [f"{kind}_{size}" for size in options.batches for kind in ("read", "write")]
-    stored = rows_so_far(options.out)
+    stored = [row for row in rows_so_far(options.out) if row["frozen"] == "yes"]
     done = {row["method"] for row in stored if all(row[name] for name in asked)}
     left, failed = [method for method in options.methods if method not in done], []
     for method in in_time(list(left)):

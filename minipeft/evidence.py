@@ -1,4 +1,4 @@
-"""Read the stored training runs and costs, and say what they show.
+"""Read the stored training runs, and say what they show: intervals over seeds and test rows.
 
 A score from a few seeds and a few hundred test rows varies for two reasons: another seed would
 train another model, and other rows would be other questions. An interval over the rows alone
@@ -60,25 +60,6 @@ def _parsed(row):
     row["curve"] = {int(step): float(loss) for step, loss in pairs}
     row["answers"] = torch.tensor([float(a) for a in row["answers"]])  # (rows,)
     return row | details
-
-
-def costs_of(path: str | Path, device: str) -> dict[str, dict[str, str]]:
-    """What each method costs, from a file of benchmarks/cost.py: {method: {column: text}}.
-
-    A method is there as it would be served: merged or folded, if the file has it so. What only a
-    training step tells, `step_ratio` and `peak_gib`, is that of the method as trained.
-    Raises ValueError if the file has nothing from this device.
-    """
-    costs: dict[str, dict[str, str]] = {}
-    with open(path, newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            if row["device"] == device:
-                before = costs.get(row["method"], row)
-                costs[row["method"]] = row | {
-                    name: row[name] or before[name] for name in ("step_ratio", "peak_gib")
-                }
-    require(costs, f"There are no costs on {shown(device)} in {path}.")
-    return costs
 
 
 def at_best_rate(runs: list[dict], fresh: bool = False) -> dict[str, list[dict]]:

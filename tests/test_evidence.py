@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from minipeft.evidence import answers_of, at_best_rate, compare, costs_of, groups, runs_of
+from minipeft.evidence import answers_of, at_best_rate, compare, groups, runs_of
 
 COLUMNS = """date device threads torch transformers task method lr seed steps examples batch
 trainable seconds train_loss valid_loss right total answers curve details""".split()
@@ -267,28 +267,3 @@ def test_a_method_without_validation_losses_and_with_two_rates_is_refused(tmp_pa
     path = stored(tmp_path / "runs.csv", {"lr": "0.1"}, {"lr": "0.2"})
     with pytest.raises(ValueError, match="its rate is unknown"):
         at_best_rate(runs_of(path, "t"))
-
-
-# ---- costs -------------------------------------------------------------------------------------
-
-COSTS = """device,method,state,step_ratio,peak_gib,write_1
-card,LoRA,as trained,7,7,7
-cpu,LoRA,as trained,1.1,2.5,1.3
-cpu,norms,as trained,0.9,2.4,1.0
-cpu,LoRA,merged,,,1.0
-cpu,P-tuning,as trained,1.2,2.6,1.4
-cpu,P-tuning,folded,,,
-"""
-
-
-def test_costs_are_those_of_serving_with_the_step_of_training(tmp_path):
-    path = tmp_path / "cost.csv"
-    path.write_text(COSTS)
-    costs = costs_of(path, "cpu")
-    assert list(costs) == ["LoRA", "norms", "P-tuning"]
-    wanted = ("state", "step_ratio", "peak_gib", "write_1")
-    assert [costs["LoRA"][name] for name in wanted] == ["merged", "1.1", "2.5", "1.0"]
-    assert [costs["norms"][name] for name in wanted] == ["as trained", "0.9", "2.4", "1.0"]
-    assert costs["P-tuning"]["write_1"] == ""  # not measured folded: not what the encoder took
-    with pytest.raises(ValueError, match="no costs on 'another card' in"):
-        costs_of(path, "another card")
