@@ -17,7 +17,10 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from minipeft.freezing import blocks
-from minipeft.targets import logits_at_targets, send, target_places
+from minipeft.refusals import refuse_no_model, shown
+from minipeft.targets import logits_at_targets, refuse_beyond, send, target_places
+from minipeft.technique.layers import is_number
+from minipeft.technique.on_model import evaluating
 
 DIVERGENCES = ("forward", "reverse")
 
@@ -39,10 +42,7 @@ def hard_and_soft(student: torch.Tensor, teacher: torch.Tensor, targets: torch.T
             f"The student's logits are {tuple(student.shape)} and the teacher's "
             f"{tuple(teacher.shape)}: both must read the same rows with the same vocabulary."
         )
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature={temperature} must be a number above 0; 1 changes nothing.")
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"divergence={divergence!r} is none of {', '.join(DIVERGENCES)}.")
+    _check(temperature, divergence)
     wide = torch.promote_types(student.dtype, torch.float32)
     student, teacher = student.to(wide), teacher.to(student.device, wide)
     hard = cross_entropy(student, targets, reduction="sum")
@@ -54,6 +54,15 @@ def hard_and_soft(student: torch.Tensor, teacher: torch.Tensor, targets: torch.T
     return hard, temperature**2 * (probs * log_ratio).sum()
 
 
+def _check(temperature, divergence, alpha=1.0):
+    if not (is_number(alpha) and 0 <= alpha <= 1):
+        raise ValueError(f"alpha={alpha} is no share; 0 is the teacher alone, 1 the labels alone.")
+    if not (is_number(temperature) and 0 < temperature < float("inf")):
+        raise ValueError(f"temperature={temperature} must be a number above 0; 1 changes nothing.")
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"divergence={divergence!r} is none of {', '.join(DIVERGENCES)}.")
+
+
 def distillation_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor,
                       labels: torch.Tensor, alpha: float = 0.5, temperature: float = 2.0,
                       divergence: str = "forward",
@@ -62,10 +71,10 @@ def distillation_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor
 
     Logits: (batch, seq, vocab). labels: (batch, seq), not shifted, -100 is ignored. `soft` includes
     the factor T^2. The teacher's logits get no gradient.
-    Raises ValueError as `hard_and_soft` does, for an alpha outside [0, 1], labels of another shape,
-    and a batch without targets.
+    Raises ValueError as `hard_and_soft` does, for an alpha outside [0, 1], labels of another shape
+    or outside the vocabulary, and a batch without targets.
     """
-    _check_alpha(alpha)
+    _check(temperature, divergence, alpha)
     if student_logits.shape[:-1] != labels.shape:
         raise ValueError(
             f"Labels {tuple(labels.shape)} do not fit logits {tuple(student_logits.shape)}; give "
@@ -79,14 +88,10 @@ def distillation_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor
         teacher_logits = teacher_logits[:, :-1][mask]  # (targets, vocab)
         student_logits = student_logits[:, :-1][mask]
     targets = labels[:, 1:][mask]  # (targets,)
+    refuse_beyond(targets, student_logits.shape[-1])
     sums = hard_and_soft(student_logits, teacher_logits, targets, temperature, divergence)
     hard, soft = (s / mask.sum() for s in sums)
     return _mix(alpha, hard, soft), hard, soft
-
-
-def _check_alpha(alpha):
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha={alpha} is no share; 0 is the teacher alone, 1 the labels alone.")
 
 
 def _mix(alpha, hard, soft):
@@ -94,12 +99,9 @@ def _mix(alpha, hard, soft):
     return sum(weight * term for weight, term in ((alpha, hard), (1 - alpha, soft)) if weight)
 
 
-def hidden_loss(
-    student_states: Sequence[torch.Tensor],
-    teacher_states: Sequence[torch.Tensor],
-    pairs: Sequence[tuple[int, int]],
-    projection: nn.Module | None = None,
-) -> torch.Tensor:
+def hidden_loss(student_states: Sequence[torch.Tensor], teacher_states: Sequence[torch.Tensor],
+                pairs: Sequence[tuple[int, int]], projection: nn.Module | None = None,
+                ) -> torch.Tensor:  # fmt: skip
     """|student - teacher|^2 / |teacher|^2 at each position, (...,), averaged over `pairs`.
 
     pairs: (student index, teacher index). States: `hidden_states` of transformers, or some of their
@@ -108,6 +110,8 @@ def hidden_loss(
     projection: a trainable module from the student's width to the teacher's, if they differ.
     Raises ValueError for no pairs, an index out of range, and states of different shapes.
     """
+    if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+        raise ValueError(f"pairs={shown(pairs)} must be a list of (student index, teacher index).")
     for states, side, who in ((student_states, 0, "student"), (teacher_states, 1, "teacher")):
         if not pairs or any(not 0 <= pair[side] < len(states) for pair in pairs):
             raise ValueError(
@@ -139,7 +143,8 @@ def distil_from(teacher: PreTrainedModel, alpha: float = 0.5, temperature: float
     `hidden_loss` is added at the positions that predict a target. The projection is trained if it
     is a submodule of the student. Raises ValueError as the losses do.
     """
-    _check_alpha(alpha)
+    _check(temperature, divergence, alpha)
+    refuse_no_model(teacher)
     teacher.eval()
 
     def loss_sum(student, batch):
@@ -171,10 +176,11 @@ def student_from_layers(teacher: PreTrainedModel, keep: Iterable[int]) -> PreTra
     Raises ValueError for indices out of range or order, and for a teacher with a technique or 4-bit
     weights.
     """
-    stack, keep = blocks(teacher), list(keep)
-    if not keep or keep != sorted(set(keep)) or not set(keep) <= set(range(len(stack))):
+    stack, given = blocks(teacher), list(keep) if isinstance(keep, Iterable) else keep
+    keep = [i for i in range(len(stack)) if isinstance(given, list) and i in given]
+    if not keep or keep != given:
         raise ValueError(
-            f"keep={keep} must be increasing numbers of blocks from 0 to {len(stack) - 1}."
+            f"keep={shown(given)} must be increasing numbers of blocks from 0 to {len(stack) - 1}."
         )
     config = copy.deepcopy(teacher.config)
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
@@ -204,27 +210,27 @@ def student_from_layers(teacher: PreTrainedModel, keep: Iterable[int]) -> PreTra
 
 
 @torch.no_grad()
-def written_by(
-    model: PreTrainedModel,
-    prompts: Mapping[str, torch.Tensor],
-    max_new_tokens: int = 20,
-    **options: Any,
-) -> list[dict[str, list[int]]]:
+def written_by(model: PreTrainedModel, prompts: Mapping[str, torch.Tensor],
+               max_new_tokens: int = 20, **options: Any,
+               ) -> list[dict[str, list[int]]]:  # fmt: skip
     """Generate answers to a batch of prompts. Returns rows to train on, with the answers as labels.
 
     prompts: input_ids and attention_mask (batch, seq), left-padded. `options` go to `generate`, for
-    example do_sample=True. The rows have input_ids and labels, unpadded, for a Collator. An answer
-    cut off at max_new_tokens has no EOS.
+    example do_sample=True or num_return_sequences=2. The rows have input_ids and labels, unpadded,
+    for a Collator. An answer cut off at max_new_tokens has no EOS.
     With the teacher this is sequence-level distillation (Kim and Rush 2016, section 3.2).
     """
-    was_training = model.training
+    refuse_no_model(model)
     prompts = {k: prompts[k].to(model.device) for k in ("input_ids", "attention_mask")}
-    out = model.eval().generate(**prompts, max_new_tokens=max_new_tokens, **options)
-    model.train(was_training)
+    generate: Any = model.generate
+    with evaluating(model):
+        out = generate(**prompts, max_new_tokens=max_new_tokens, **options)
+    out = getattr(out, "sequences", out)  # (batch * answers to each prompt, seq)
+    masks = prompts["attention_mask"].repeat_interleave(len(out) // len(prompts["input_ids"]), 0)
     ends = options.get("eos_token_id", model.generation_config.eos_token_id)
     ends = ends if isinstance(ends, list) else [ends]
     width, rows = prompts["input_ids"].shape[1], []
-    for ids, mask in zip(out, prompts["attention_mask"], strict=True):
+    for ids, mask in zip(out, masks, strict=True):
         prompt, answer = ids[:width][mask == 1].tolist(), ids[width:].tolist()
         stop = next((i + 1 for i, token in enumerate(answer) if token in ends), len(answer))
         ids, labels = prompt + answer[:stop], [-100] * len(prompt) + answer[:stop]
@@ -240,13 +246,9 @@ class OnPolicy:
     batches: left-padded prompts without answers. collate: pads rows. options: see `written_by`.
     """
 
-    def __init__(
-        self,
-        student: PreTrainedModel,
-        batches: Iterable[dict[str, torch.Tensor]],
-        collate: Callable[[list[dict[str, list[int]]]], dict[str, torch.Tensor]],
-        **options: Any,
-    ) -> None:
+    def __init__(self, student: PreTrainedModel, batches: Iterable[dict[str, torch.Tensor]],
+                 collate: Callable[[list[dict[str, list[int]]]], dict[str, torch.Tensor]],
+                 **options: Any) -> None:  # fmt: skip
         self.student, self.batches, self.collate, self.options = student, batches, collate, options
 
     def set_epoch(self, epoch: int) -> None:

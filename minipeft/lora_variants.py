@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.functional import dropout, embedding
 
 from minipeft.refusals import require
-from minipeft.technique.layers import InPlace, add_product, lora_layers, matrix
+from minipeft.technique.layers import InPlace, add_product, is_number, lora_layers, matrix
 from minipeft.technique.on_model import has_numbers
 
 
@@ -132,9 +132,13 @@ def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16) -> list[dic
     Returns parameter groups for `train` or any torch optimizer, without weight decay. The paper's
     argument assumes that the input of A is wide, which does not hold for the one-hot input of an
     embedding: there A and B both get `lr`.
-    Raises ValueError if there is no LoRA, or for a ratio not above 0.
+    Raises ValueError if there is no LoRA, or for an lr below 0 or a ratio not above 0.
     """
-    require(ratio > 0, f"ratio={ratio} must be above 0: it multiplies the learning rate of B.")
+    require(is_number(lr) and 0 <= lr < math.inf, f"lr={lr!r} must be a number from 0 on.")
+    require(
+        is_number(ratio) and 0 < ratio < math.inf,
+        f"ratio={ratio!r} must be above 0: it multiplies the learning rate of B.",
+    )
     layers = lora_layers(model).values()
     fast = [layer.lora_B for layer in layers if not isinstance(layer.base, nn.Embedding)]
     slow = [p for p in model.parameters() if p.requires_grad and all(p is not b for b in fast)]

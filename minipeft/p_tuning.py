@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from minipeft.refusals import refuse_size
+from minipeft.refusals import refuse_no_model, refuse_size
 from minipeft.technique.asked import embedded
 from minipeft.technique.inputs import count_positions, named_inputs, past_length
 from minipeft.technique.words import Place, place_of, width_of
@@ -140,6 +140,7 @@ def fold_p_tuning(model: PreTrainedModel) -> PreTrainedModel:
     The outputs of the model stay the same, bit for bit. Returns the model.
     Raises ValueError if the model has no P-tuning, or it is already folded.
     """
+    refuse_no_model(model)
     virtual = getattr(model, "virtual_tokens", None)
     if not isinstance(virtual, PromptEncoder) or not virtual.encoder:
         raise ValueError("There is no encoder of P-tuning on this model to fold.")

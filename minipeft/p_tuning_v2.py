@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from minipeft.refusals import refuse_no_model
 from minipeft.technique.asked import keeps_cache, states_of
 from minipeft.technique.attention import table_of_attention
 from minipeft.technique.kv_cache import (
@@ -129,6 +130,7 @@ def fold_p_tuning_v2(model: PreTrainedModel) -> PreTrainedModel:
     are the trainable parameters. The outputs of the model stay the same up to rounding.
     Raises ValueError if the model does not have the hidden form.
     """
+    refuse_no_model(model)
     if not isinstance(getattr(model, "virtual_tokens", None), HiddenStates):
         raise ValueError("There is no hidden form of P-tuning v2 on this model to fold.")
     table = table_of(model)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from minipeft.refusals import refuse_size
+from minipeft.refusals import refuse_no_model, refuse_size
 from minipeft.technique.kv_cache import key_value_shape, per_layer, table_of_cache
 from minipeft.technique.words import Place, place_of, token_ids
 from minipeft.virtual_tokens import VirtualTokens, attach, refuse
@@ -122,6 +122,7 @@ def fold_prefix_tuning(model: PreTrainedModel) -> PreTrainedModel:
     The outputs of the model stay the same, bit for bit. Returns the model.
     Raises ValueError if the model has no prefix, or the prefix has no MLP.
     """
+    refuse_no_model(model)
     prefix = getattr(model, "virtual_tokens", None)
     if not isinstance(prefix, Prefix) or not prefix.mlp:
         raise ValueError("There is no projected prefix on this model to fold.")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from minipeft.refusals import refuse_no_model, refuse_size, require
 from minipeft.technique.words import ordinary_tokens, token_ids, vectors_of, vocabulary_of
 from minipeft.virtual_tokens import VirtualTokens, attach, refuse
 
@@ -78,12 +79,16 @@ def nearest_words(model: PreTrainedModel, k: int = 5) -> list[list[tuple[int, fl
     """For each virtual token, the k tokens whose embeddings have the highest cosine similarity.
 
     Returns n lists of (token id, cosine similarity), most similar first.
-    Raises ValueError if the model has no virtual tokens in front of its input embeddings.
+    Raises ValueError if the model has no virtual tokens in front of its input embeddings, and for a
+    k below 1 or above the size of the vocabulary.
     """
+    refuse_no_model(model)
+    refuse_size("k", k, "number of words")
     virtual = getattr(model, "virtual_tokens", None)
     if not isinstance(virtual, VirtualTokens) or virtual.place != "front":
         raise ValueError("This model has no virtual tokens among its embeddings.")
     table = vocabulary_of(model).float()  # (vocab, hidden)
+    require(k <= len(table), f"k={k} is more than the {len(table)} words of the vocabulary.")
     vectors = virtual().float()  # (n, hidden)
     cosines = nn.functional.normalize(vectors, dim=-1) @ nn.functional.normalize(table, dim=-1).T
     best = cosines.topk(k, dim=-1)  # (n, k)

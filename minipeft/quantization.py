@@ -121,6 +121,10 @@ class NF4Linear(nn.Linear):
         double: bool = True,
     ) -> None:
         nn.Module.__init__(self)
+        refuse_size("block_size", block_size, "number of weights")
+        even = block_size % 2 == 0
+        require(even, f"block_size={block_size} must be even: two codes share a byte.")
+        require(isinstance(double, bool), f"double={double!r} must be True or False.")
         self.out_features, self.in_features = weight.shape
         self.block_size, self.double_quant, self.dtype = block_size, double, weight.dtype
         codes, absmax = quantize(weight.detach(), table(nf4_code, weight), block_size)
@@ -212,16 +216,12 @@ def quantize_base(model: Model, block_size: int = 64, double: bool = True) -> Mo
     their weights outside linear layers, such as fused experts (mixtures of experts in
     transformers 5), which would not be quantized.
     """
-    refuse_size("block_size", block_size, "number of weights")
-    require(block_size % 2 == 0, f"block_size={block_size} must be even: two codes share a byte.")
-    require(isinstance(double, bool), f"double={double!r} must be True or False.")
     if technique_of(model) or hasattr(model, "peft_config"):
         raise ValueError("Quantize the base first, and add the technique to what comes out.")
     if getattr(model, "is_quantized", False):
         raise ValueError("transformers has quantized this model already; load it in full.")
     stack = blocks(model)
     _refuse_weights(model, stack)
-    freeze(model)
     quantized: dict[int, NF4Linear] = {}  # by id(layer), so that shared layers stay shared
     for parent in list(stack.modules()):
         for name, layer in list(parent._modules.items()):
@@ -230,7 +230,7 @@ def quantize_base(model: Model, block_size: int = 64, double: bool = True) -> Mo
                     new = NF4Linear(matrix(layer), layer.bias, block_size, double)
                     quantized[id(layer)] = new
                 setattr(parent, name, quantized[id(layer)].train(layer.training))
-    return model
+    return freeze(model)
 
 
 def _refuse_weights(model, stack):

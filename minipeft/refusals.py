@@ -1,5 +1,6 @@
 """Argument checks. Each raises a ValueError whose one sentence names the value and the remedy."""
 
+import os
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -37,10 +38,21 @@ def refuse_size(name: str, value: object, what: str) -> None:
     )
 
 
+def refuse_no_path(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is a path."""
+    require(
+        isinstance(value, str | os.PathLike),
+        f"{name}={shown(value)} is no path; give a string or a Path.",
+    )
+
+
 def refuse_no_model(model: object) -> None:
     """Raise ValueError unless `model` is an nn.Module."""
     if not isinstance(model, nn.Module):  # no `require`: the repr of a whole model is expensive
-        raise ValueError(f"{shown(model)} is no model; give an nn.Module, as load_base returns.")
+        raise ValueError(
+            f"{shown(model)} is no model; give an nn.Module, the first of the two that load_base "
+            "returns."
+        )
 
 
 def refuse_other_shapes(

@@ -18,6 +18,7 @@ from minipeft import (
     add_p_tuning_v2,
     add_prefix_tuning,
     add_prompt_tuning,
+    disabled,
     fold_p_tuning,
     fold_p_tuning_v2,
     fold_prefix_tuning,
@@ -26,6 +27,7 @@ from minipeft import (
     lora_plus_groups,
     merge_lora,
     nearest_words,
+    remove,
     save_adapter,
     unload_lora,
     unmerge_lora,
@@ -120,6 +122,30 @@ def test_what_a_model_lacks_cannot_be_taken_off_folded_or_read(method):
     for call in calls:
         refused(lambda call=call: call(model))
     assert traces(model) == before
+
+
+TAKE_A_MODEL = [
+    *BAD, merge_lora, unmerge_lora, unload_lora, fold_p_tuning, fold_prefix_tuning,
+    fold_p_tuning_v2, nearest_words, remove,
+    lambda model: disabled(model).__enter__(),
+    lambda model: lora_plus_groups(model, 1e-3),
+    lambda model: save_adapter(model, "nowhere"),
+    lambda model: load_adapter(model, "nowhere"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("call", TAKE_A_MODEL)
+def test_what_is_no_model_is_said_to_be_none(call):
+    """For example both that load_base returns, not only the first."""
+    for value in (load_base("tiny", device="cpu"), "smollm2", None):
+        assert "is no model; give an nn.Module" in refused(lambda value=value: call(value))
+
+
+@pytest.mark.parametrize("folder", [5, None, ["adapter"]])
+def test_what_is_no_folder(plain, folder):
+    tuned_one = add_lora(load_base("tiny", device="cpu")[0])
+    for call in (lambda: save_adapter(tuned_one, folder), lambda: load_adapter(plain, folder)):
+        assert refused(call) == f"folder={folder!r} is no path; give a string or a Path."
 
 
 @pytest.mark.parametrize("method", [m for m in SOFT if m != "template"])

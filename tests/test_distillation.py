@@ -199,12 +199,26 @@ def test_bad_losses_are_refused():
         ((student, teacher, labels, 0.5, math.inf), "temperature=inf"),
         ((student, teacher, labels, 0.5, 2.0, "both"), "none of forward, reverse"),
         ((student, teacher, torch.full_like(labels, -100)), "no target"),
+        ((student, teacher, labels.clamp(max=-1)), "A label is -1, .* 0 to 10"),
+        ((student, teacher, labels + 11 * (labels >= 0)), "A label is 1., .* 0 to 10"),
+        ((student, teacher, labels, "0.5"), "alpha=0.5 is no share"),
+        ((student, teacher, labels, 0.5, "2"), "temperature=2 must be a number"),
     ]
     for arguments, words in cases:
         with pytest.raises(ValueError, match=words):
             distillation_loss(*arguments)
-    with pytest.raises(ValueError, match="alpha=2"):
-        distil_from(load_base("tiny", device="cpu")[0], alpha=2)
+    model, tokenizer = load_base("tiny", device="cpu")
+    for options, words in [
+        ({"alpha": 2}, "alpha=2 is no share"),
+        ({"temperature": 0}, "temperature=0 must be a number above 0"),
+        ({"divergence": "both"}, "divergence='both' is none of forward, reverse"),
+    ]:  # at the call, not when the first loss is computed
+        with pytest.raises(ValueError, match=words):
+            distil_from(model.train(), **options)
+        assert model.training
+    for call in (distil_from, lambda pair: written_by(pair, {})):
+        with pytest.raises(ValueError, match="is no model; give an nn.Module, the first of the"):
+            call((model, tokenizer))
 
 
 # ---- hidden states
@@ -231,7 +245,11 @@ def test_hidden_loss_is_relative_at_each_position():
 
 def test_hidden_loss_refuses_and_projects():
     states, narrow = [torch.ones(1, 3, 8)] * 3, [torch.ones(1, 3, 4)] * 3
-    for pairs, words in [([], "0 to 2"), ([(0, 3)], "teacher"), ([(-1, 0)], "student")]:
+    two = "must be a list of .student index, teacher index."
+    for pairs, words in [
+        ([], "0 to 2"), ([(0, 3)], "teacher"), ([(-1, 0)], "student"),
+        ([0], two), ((1, 2), two), ([(0, 1, 2)], two), ([(1, 1), (2,)], two),
+    ]:  # fmt: skip
         with pytest.raises(ValueError, match=words):
             hidden_loss(states, states, pairs)
     with pytest.raises(ValueError, match="give a projection"):
@@ -327,7 +345,7 @@ def test_lists_by_layer_are_cut_and_others_are_not():
 
 def test_bad_cuts_are_refused():
     teacher, _ = four_layers()
-    for keep in ([], [0, 4], [-1, 0], [2, 1], [1, 1], range(5)):
+    for keep in ([], [0, 4], [-1, 0], [2, 1], [1, 1], range(5), 1, None, "01", [0, "1"], [0.5]):
         with pytest.raises(ValueError, match="increasing numbers of blocks from 0 to 3"):
             student_from_layers(teacher, keep)
     with pytest.raises(ValueError, match="not a plain LlamaForCausalLM"):
@@ -460,6 +478,29 @@ def test_written_answers_are_those_of_each_prompt_alone(name):
         assert row["input_ids"] == alone
         n = len(prompt["input_ids"])
         assert row["labels"] == [-100] * n + alone[n:]
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_several_answers_to_a_prompt_stand_one_after_another(as_dict):
+    model, tokenizer = four_layers()
+    prompts = [encode(tokenizer, p) for p in PROMPTS]
+    options = {"max_new_tokens": 4, "do_sample": False, "num_beams": 3, "num_return_sequences": 2,
+               "eos_token_id": None, "pad_token_id": 0}  # fmt: skip
+    batch = Collator(tokenizer.pad_token_id, "left")(prompts)
+    found = written_by(model, batch, **options, return_dict_in_generate=as_dict)
+    alone = [model.generate(torch.tensor([p["input_ids"]]), **options).tolist() for p in prompts]
+    assert [row["input_ids"] for row in found] == [row for rows in alone for row in rows]
+    for row, prompt in zip(found, [p for p in prompts for _ in range(2)], strict=True):
+        n = len(prompt["input_ids"])
+        assert row["labels"] == [-100] * n + row["input_ids"][n:]
+
+
+def test_a_model_whose_answers_were_refused_is_in_its_mode_again():
+    model, tokenizer = four_layers()
+    model.train()
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        written_by(model, Collator(0, "left")([encode(tokenizer, "a")]), 0)
+    assert all(module.training for module in model.modules())
 
 
 def test_an_answer_ends_behind_its_end_token_and_only_there():

@@ -1,6 +1,7 @@
 """DoRA, embeddings and LoRA+ against HF peft; the norms that DoRA keeps."""
 
 import copy
+import math
 
 import peft
 import pytest
@@ -212,8 +213,12 @@ def test_lora_plus_is_that_of_hf_peft():
     one, _ = tuned("tiny-llama", torch.float32, targets=["q_proj", "embed_tokens"], dora=True)
     slow, fast = lora_plus_groups(one, lr=1e-3)
     assert len(fast["params"]) == 2 and len(slow["params"]) == 7
-    with pytest.raises(ValueError, match="ratio=0 must be above 0"):
-        lora_plus_groups(one, lr=1e-3, ratio=0)
+    for ratio in (0, -1, math.inf, math.nan, "16", None, True):
+        with pytest.raises(ValueError, match=f"ratio={ratio!r} must be above 0"):
+            lora_plus_groups(one, lr=1e-3, ratio=ratio)
+    for lr in (-1e-3, math.inf, math.nan, "a", None, True):
+        with pytest.raises(ValueError, match=f"lr={lr!r} must be a number from 0 on"):
+            lora_plus_groups(one, lr=lr)
     with pytest.raises(ValueError, match="has no LoRA"):
         lora_plus_groups(base("tiny-llama")[0], lr=1e-3)
 

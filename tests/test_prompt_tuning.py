@@ -85,6 +85,13 @@ def test_nearest_words_finds_the_words_it_started_from():
         assert abs(cosine - expected.item()) < 1e-5
     cosines = [cosine for _, cosine in near[1]]
     assert cosines == sorted(cosines, reverse=True)
+    every = [sorted(token for token, _ in row) for row in nearest_words(model, k=len(table))]
+    assert every == [list(range(len(table)))] * len(near)
+    for k in (-1, 0, 2.5, True, None, "3"):
+        with pytest.raises(ValueError, match=f"k={k!r} is no number of words"):
+            nearest_words(model, k)
+    with pytest.raises(ValueError, match=f"k=262 is more than the {len(table)} words of the"):
+        nearest_words(model, len(table) + 1)
     with pytest.raises(ValueError, match="no virtual tokens among its embeddings"):
         nearest_words(load_base("tiny", device="cpu")[0])
 

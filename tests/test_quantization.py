@@ -279,6 +279,20 @@ def test_bad_input_is_refused_in_one_sentence(prepare, options, message):
     assert same()
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"block_size": 3}, "block_size=3 must be even"),
+        ({"block_size": 0}, "block_size=0 is no number of weights"),
+        ({"block_size": 2.0}, "block_size=2.0 is no number of weights"),
+        ({"double": "no"}, "double='no' must be True or False"),
+    ],
+)
+def test_a_layer_of_its_own_is_refused_as_a_model_is(options, message):
+    with pytest.raises(ValueError, match=message):
+        NF4Linear(torch.randn(4, 8), **options)
+
+
 TINY = {"vocab_size": 80, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
         "num_attention_heads": 4, "pad_token_id": 0}  # fmt: skip
 

@@ -81,6 +81,24 @@ def test_eight_bit_state_of_a_half_precision_parameter_survives_a_state_dict_too
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(two.state[tensor][name]))
 
 
+@pytest.mark.parametrize("shape", [(8, 16), (64, 128)])  # moments in float32, and in 8 bits
+def test_a_float16_parameter_moves_as_in_float32(shape):
+    """eps is 0 in float16, so an element without a gradient would become 0 / 0 there."""
+    torch.manual_seed(0)
+    start, grads = torch.randn(shape).half(), torch.randn(5, *shape).half()
+    grads[:, 0] = 0
+    p, q = nn.Parameter(start.clone()), nn.Parameter(start.float())
+    eight, exact = (kind([x], lr=0.02, weight_decay=0.0) for kind, x in
+                    ((AdamW8bit, p), (torch.optim.AdamW, q)))  # fmt: skip
+    for grad in grads:
+        p.grad, q.grad = grad.clone(), grad.float()
+        eight.step()
+        exact.step()
+    moved, wanted = p.detach().float() - start.float(), q.detach() - start.float()
+    assert torch.equal(p[0], start[0]) and p.dtype == torch.float16
+    assert (moved - wanted).norm() < 0.05 * wanted.norm()
+
+
 @pytest.mark.parametrize(
     "options",
     [{"betas": (0.9, math.inf)}, {"betas": 0.9}, {"betas": (0.9,)}, {"lr": math.nan}, {"lr": -1.0},

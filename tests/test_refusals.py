@@ -1,5 +1,7 @@
 """The sentences of refusals, and that what is fine passes."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch import nn
 from minipeft.refusals import (
     refuse_flag,
     refuse_no_model,
+    refuse_no_path,
     refuse_other_shapes,
     refuse_size,
     require,
@@ -43,6 +46,15 @@ def test_what_is_no_model():
     refuse_no_model(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="^'gpt2' is no model; give an nn.Module"):
         refuse_no_model("gpt2")
+
+
+def test_what_is_no_path():
+    refuse_no_path("folder", "runs")
+    refuse_no_path("folder", Path("runs"))
+    for value in (5, None, ["runs"], b"runs"):
+        with pytest.raises(ValueError) as error:
+            refuse_no_path("folder", value)
+        assert str(error.value) == f"folder={value!r} is no path; give a string or a Path."
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def run(form, lr, seed, steps, examples):
     training, judged = (r.map(lambda row: {"prompt": fill(row["prompt"])}) for r in splits)
     judged = batches_of(tokenizer, judged, 16)
     losses, halves = {0: evaluate(model, judged)}, max(1, steps // 2)
-    row = fit(model, tokenizer, training, lr=lr, seed=seed, steps=steps, warmup=min(4, steps),
+    row = fit(model, tokenizer, training, lr=lr, seed=seed, steps=steps, warmup=min(4, steps - 1),
               every=1, eval_batches=judged, eval_every=halves, evaluations=losses)  # fmt: skip
     row["valid_loss"] = f"{losses[steps]:.4f}"
     row["details"] = {"valid_curve": {str(step): round(loss, 4) for step, loss in losses.items()}}

@@ -93,7 +93,7 @@ def run(method, lr, seed, steps, examples):
     model, tokenizer = fresh(ready, seed)
     rows = load_reviews()
     row = fit(model, tokenizer, rows["train"].select(range(examples)), lr=lr, seed=seed,
-              steps=steps, warmup=min(5, steps), every=1,
+              steps=steps, warmup=min(5, steps - 1), every=1,
               groups=lora_plus_groups(model, lr, ratio) if ratio else None)  # fmt: skip
     row |= {"valid_loss": loss_on(model, tokenizer, rows["validation"].select(range(64)))}
     row |= label_words(model, tokenizer, rows["test"].select(range(300)))

@@ -16,7 +16,7 @@ from minipeft.adapter_files import virtual_tokens as virtual
 from minipeft.adapter_files.atomic import MARK, behind_link, whole_folder
 from minipeft.adapter_files.modules import GENERATING, take_modules, task_of, trained_beside
 from minipeft.adapter_files.pair import Config, State, holds_pair, read_pair, write_pair
-from minipeft.refusals import Model, require
+from minipeft.refusals import Model, refuse_no_model, refuse_no_path, require
 from minipeft.technique.on_model import technique_of
 from minipeft.training.distributed import barrier, gather, is_main_process
 
@@ -57,6 +57,8 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     Raises ValueError if the model has no adapter, `folder` holds something else, or a parameter is
     trainable that the format cannot hold.
     """
+    refuse_no_model(model)
+    refuse_no_path("folder", folder)
     technique = technique_of(model) or ""
     require(technique, "There is no adapter on this model; add one before you save it.")
     target = _free_folder(folder)
@@ -112,6 +114,8 @@ def load_adapter(model: Model, folder: str | Path) -> Model:
     damaged one, one of a kind or with a setting that minipeft does not have, or one for another
     base model.
     """
+    refuse_no_model(model)
+    refuse_no_path("folder", folder)
     config, state = read_pair(Path(folder))
     kind: Any = config.get("peft_type")
     require(

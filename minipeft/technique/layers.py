@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from minipeft.freezing import modules_named
-from minipeft.refusals import Model, refuse_flag, refuse_size, require
+from minipeft.refusals import Model, refuse_flag, refuse_no_model, refuse_size, require
 from minipeft.technique.on_model import (
     freeze_base,
     has_numbers,
@@ -72,6 +72,7 @@ def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:
     """{dotted name: LoRALinear or a variant of it}. Raises ValueError if there is none."""
+    refuse_no_model(model)
     layers = {
         name: module
         for name, module in model.named_modules()

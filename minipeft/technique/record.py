@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from minipeft.refusals import Model, require
+from minipeft.refusals import Model, refuse_no_model, require
 
 # (parameter, data, requires_grad, grad) of all parameters, and (module, attributes, copies of those
 # attributes that are containers) of all modules
@@ -115,6 +115,7 @@ def record_of(model: nn.Module) -> Record:
 
     Raises ValueError for a model without a technique, and for merged LoRA.
     """
+    refuse_no_model(model)
     record: Any = getattr(model, "minipeft", None)
     require(record, f"This {type(model).__name__} has no technique; add one first.")
     merged = any(getattr(module, "merged", False) for module in model.modules())

@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from minipeft.freezing import trainable_parameters
-from minipeft.refusals import require, shown
+from minipeft.refusals import refuse_flag, refuse_no_path, require, shown
 from minipeft.training.distributed import world_size
 from minipeft.training.loss import refuse_kind
 from minipeft.training.modes import CUDA_GRAPHS
 
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COUNTS = ("max_steps", "warmup_steps", "accumulation", "eval_every", "save_every")
+FLAGS = ("gradient_checkpointing", "resume", "progress")
 
 
 def refuse_bad_input(
@@ -25,6 +26,15 @@ def refuse_bad_input(
     call: the arguments of `train` by name. groups: the parameter groups, defaults filled in.
     """
     _refuse_numbers(call, groups)
+    for name in FLAGS:
+        refuse_flag(name, call[name])
+    if call["checkpoint_dir"] is not None:
+        refuse_no_path("checkpoint_dir", call["checkpoint_dir"])
+    require(
+        callable(call["loss_sum"]),
+        f"loss_sum={shown(call['loss_sum'])} is no function of (model, batch); leave it out for "
+        "the model's own loss.",
+    )
     _refuse_precision(model, call["precision"])
     _refuse_compile(call)
     for name, given in (("batches", batches), ("eval_batches", call["eval_batches"])):
@@ -58,13 +68,15 @@ def _refuse_numbers(call, groups):
         f"seed={seed!r} must be a whole number from 0 to 2**32 - 1.",
     )
     require(
-        call["warmup_steps"] <= call["max_steps"],
-        "warmup_steps is larger than max_steps: the rate would never reach lr.",
+        call["warmup_steps"] < call["max_steps"],
+        f"warmup_steps={call['warmup_steps']} must be below max_steps={call['max_steps']}, or the "
+        "rate would never reach lr.",
     )
 
 
 def _refuse_precision(model, precision):
-    require(precision in AUTOCAST, f"precision={precision!r} is none of {', '.join(AUTOCAST)}.")
+    known = list(AUTOCAST)
+    require(precision in known, f"precision={precision!r} is none of {', '.join(known)}.")
     if precision == "float16":
         device = next(model.parameters()).device.type
         require(

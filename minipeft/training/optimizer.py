@@ -39,10 +39,19 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 def parameter_groups(
     model: nn.Module, groups: Iterable[dict[str, Any]] | None, lr: float, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """`groups`, or `decay_groups` for None, each with a peak learning rate and a weight decay."""
+    """`groups`, or `decay_groups` for None, each with a peak learning rate and a weight decay.
+
+    Raises ValueError for groups of another form.
+    """
     groups = decay_groups(model, weight_decay) if groups is None else groups
     defaults = {"lr": lr, "weight_decay": weight_decay}
-    return [defaults | group | {"params": list(group["params"])} for group in groups]
+    try:
+        return [defaults | group | {"params": list(group["params"])} for group in groups]
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            '`groups` is no list of dicts that each hold a list of parameters as "params"; give '
+            "what torch.optim takes, or leave it out."
+        ) from error
 
 
 def learning_rate(step: int, lr: float, warmup_steps: int, max_steps: int) -> float:

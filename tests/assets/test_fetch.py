@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+import minipeft
+from minipeft import assets
 from minipeft.assets import __main__ as command
 from minipeft.assets import datasets, fetch, sources
 from minipeft.assets.fetch import AssetError
@@ -391,6 +393,12 @@ def test_the_cached_data_are_those_of_the_data_card():
     }
     assert [len(part) for part in datasets.load_dialogues("english").values()] == [992, 121, 115]
     assert [len(part) for part in datasets.load_dialogues("chinese").values()] == [450, 49, 51]
+
+
+def test_whatever_loads_is_found_in_assets_as_in_the_package():
+    loaders = {name for name in minipeft.__all__ if name.startswith("load_")} - {"load_adapter"}
+    assert {name for name in assets.__all__ if name.startswith("load_")} == loaders
+    assert all(getattr(assets, name) is getattr(minipeft, name) for name in loaders)
 
 
 def test_grades_are_five_equal_parts_of_the_films_in_the_splits_of_the_reviews():

@@ -221,7 +221,17 @@ def test_bad_input_gets_one_sentence(tmp_path):
     empty = {**BATCHES[0], "labels": torch.full((2, 12), -100)}
     for model, options, error, words in [
         (build(), {"max_steps": 0}, ValueError, "max_steps=0"),
-        (build(), {"warmup_steps": 9}, ValueError, "warmup_steps is larger"),
+        (build(), {"warmup_steps": 9}, ValueError, "warmup_steps=9 must be below max_steps=6"),
+        (build(), {"warmup_steps": 6}, ValueError, "warmup_steps=6 must be below max_steps=6"),
+        (build(), {"gradient_checkpointing": "no"}, ValueError, "gradient_checkpointing='no' is n"),
+        (build(), {"resume": 0}, ValueError, "resume=0 is neither True nor False"),
+        (build(), {"progress": "no"}, ValueError, "progress='no' is neither True nor False"),
+        (build(), {"checkpoint_dir": 5}, ValueError, "checkpoint_dir=5 is no path"),
+        (build(), {"loss_sum": "mse"}, ValueError, "loss_sum='mse' is no function"),
+        (build(), {"groups": 3}, ValueError, "`groups` is no list of dicts"),
+        (build(), {"groups": [{"lr": 1.0}]}, ValueError, "`groups` is no list of dicts"),
+        (build(), {"groups": [{"params": 3}]}, ValueError, "`groups` is no list of dicts"),
+        (build(), {"groups": list(build().parameters())}, ValueError, "`groups` is no list of d"),
         (build(), {"max_steps": True}, ValueError, "max_steps=True"),
         (build(), {"max_steps": None}, ValueError, "max_steps=None"),
         (build(), {"accumulation": 2.0}, ValueError, "accumulation=2.0"),
@@ -239,6 +249,7 @@ def test_bad_input_gets_one_sentence(tmp_path):
         (build(), {"batches": [3]}, ValueError, "Batch 0 is 3, no dict of tensors"),
         (build(), {"batches": [{"labels": [1, 2]}]}, ValueError, "no dict of tensors"),
         (build(), {"precision": "int8"}, ValueError, "none of float32"),
+        (build(), {"precision": ["float16"]}, ValueError, "none of float32"),
         (build(), {"batches": []}, ValueError, "no batch in epoch 0"),
         (build(), {"batches": iter(BATCHES)}, ValueError, "only once"),
         (build(), {"batches": [empty]}, ValueError, "no target token"),
@@ -253,6 +264,11 @@ def test_bad_input_gets_one_sentence(tmp_path):
         run(build(), checkpoint_dir=tmp_path, lr=0.5)
     with pytest.raises(ValueError, match="model fingerprint"):
         run(build("gpt2"), checkpoint_dir=tmp_path)
+
+
+def test_the_longest_warm_up_reaches_the_rate_in_the_last_step():
+    history = run(build(), warmup_steps=5)
+    assert history.lr == pytest.approx([0, 2e-3, 4e-3, 6e-3, 8e-3, 1e-2])
 
 
 def doubled(model, batch):
