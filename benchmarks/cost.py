@@ -17,7 +17,7 @@ writes); and students with half of the blocks.
 Ratios are medians of rounds in which both contenders take turns, in an order that changes: of
 --rounds, or of fewer where two or more took 5 seconds. Their weights lie in memory that was
 allocated in the same way: a model loaded from a file and one that was copied differ in speed by
-several per cent on a CPU. All are frozen to read and write: torch multiplies the last position
+several percent on a CPU. All are frozen to read and write: torch multiplies the last position
 (`logits_to_keep=1`) by a frozen head row by row of the batch, and by a trainable one at once.
 
 A method that results/cost.csv has from this device is not measured again. With --seconds none is

@@ -19,7 +19,7 @@ find the same losses: that of the first step, to 1e-3 in float32, and the mean o
 1e-2. Peak memory is that of a run of one step, counted as in step.py.
 
 Each round is appended to results/train-cpu.csv or train-cuda.csv. Rounds that this device has with
-all contenders and the same settings count towards --rounds. With --seconds no round is begun that
+all contenders and the same settings count toward --rounds. With --seconds no round is begun that
 might not end in time, to judge by the longest so far. Exit status: 0 when nothing is left to do, 1
 when the losses of the contenders differed, 3 when the time was up.
 """

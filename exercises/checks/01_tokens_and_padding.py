@@ -236,7 +236,7 @@ def _explain_share(got, lengths, size, grouped):
     case = f"{len(lengths)} rows of {lengths} tokens, {size} at a time, grouped={grouped}:"
     truth, batches = _share(lengths, size, grouped), _cut(lengths, size)
     if abs(got - 100 * truth) < 1e-4:
-        raise Mistake(f"{case} you return {got:.1f}. Return a share from 0 to 1, not per cent.")
+        raise Mistake(f"{case} you return {got:.1f}. Return a share from 0 to 1, not percent.")
     if abs(got - truth) < 0.006 and any(got == round(truth, n) for n in (2, 3, 4)):
         raise Mistake(f"{case} {got} is rounded.")
     if grouped:

@@ -310,7 +310,7 @@ def answer_loss(answer):
             continue
         raise Mistake(
             f"{told} the loss is {float(loss)}; raise a ValueError instead of returning a number "
-            "that spoils the weights."
+            "that means nothing."
         )
 
 

@@ -44,7 +44,7 @@ def decay_groups(answer):
         names = {id(p): n for n, p in model.named_parameters()}
         both = decayed + spared
         if {id(p) for p in model.parameters() if not p.requires_grad} != frozen:
-            raise Mistake(f"{name}: afterwards other parameters are frozen than before.")
+            raise Mistake(f"{name}: afterward other parameters are frozen than before.")
         if set(both) - set(names):
             raise Mistake(
                 f"{name}: a group holds a tensor that is no parameter of the model. AdamW would "

@@ -196,7 +196,7 @@ def round_trip(answer):
     if not torch.equal(indices.long(), nearest):
         raise Mistake(
             f"x / scale = {x[0] / 0.2:.2f} got the code {code[indices[0].long().clamp(0, 6)]:.1f}, "
-            "or another element got one that is not the nearest. A border lies half way between "
+            "or another element got one that is not the nearest. A border lies halfway between "
             "two codes."
         )
     expected = code[nearest] * largest.repeat_interleave(4)

@@ -219,7 +219,7 @@ def start_rows(answer):
         )
     if not table.requires_grad:
         raise Mistake(
-            "The call has frozen the table of the model. Whoever fine-tunes that model afterwards "
+            "The call has frozen the table of the model. Whoever fine-tunes that model afterward "
             "would not notice. The model stays as it is."
         )
     if got.requires_grad and not got.is_leaf:

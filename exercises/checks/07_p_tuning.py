@@ -230,7 +230,7 @@ def _folded(answer, made, dropout, training):
     if made.training != training:
         raise Mistake(
             f"The encoder went in in {_mode(training)} mode, and is in {_mode(made.training)} mode "
-            "afterwards."
+            "afterward."
         )
     if made.lstm.dropout != dropout:
         raise Mistake(f"The fold set the LSTM's dropout to {made.lstm.dropout} and left it there.")
@@ -574,7 +574,7 @@ def _moved(answer, module, i, target, lr):
         if grad is not None and (p.grad is None or not torch.equal(p.grad, grad)):
             raise Mistake("The gradients that the module had are gone or others.")
         if not p.requires_grad:
-            raise Mistake("The module's parameters are frozen afterwards.")
+            raise Mistake("The module's parameters are frozen afterward.")
     if not torch.equal(target, given):
         raise Mistake("The target that was passed in has been changed.")
     if not isinstance(got, torch.Tensor) or tuple(got.shape) != (n,):

@@ -521,7 +521,7 @@ def _wrapped(model, layer_class):
     if any(".base" in name for name in wrapped):
         raise Mistake(f"{wrapped[-1]}: a layer inside a LoRA layer was wrapped again.")
     if not wrapped:
-        raise Mistake("With targets=('q_proj',), no layer of the model has LoRA afterwards.")
+        raise Mistake("With targets=('q_proj',), no layer of the model has LoRA afterward.")
     if wrapped != ["first.q_proj", "second.q_proj"]:
         raise Mistake(
             f"With targets=('q_proj',), these got LoRA: {wrapped}. It should be both q_proj."

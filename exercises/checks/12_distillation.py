@@ -642,7 +642,7 @@ def _on_policy(answer, student, teacher, end, pad, most, prompts, mask, new, wri
     _follows_the_device(lambda: answer(student, teacher, *given, most), "the prompts")
     loss.backward()
     if any(p.grad is not None for p in teacher.parameters()):
-        raise Mistake("A gradient reaches the teacher: it would be moved towards the student.")
+        raise Mistake("A gradient reaches the teacher: it would be moved toward the student.")
     if not all(p.requires_grad for p in teacher.parameters()):
         raise Mistake("The teacher has been frozen, and stays so for its owner.")
     if any(p.grad is None for p in student.parameters()):
@@ -801,7 +801,7 @@ def teacher_targets(answer):
             raise Mistake("Gradients stay switched off after the call, for the student too.")
         if not all(p.requires_grad for p in teacher.parameters()):
             raise Mistake(
-                "The teacher has been frozen. Whoever trains it afterwards wonders why it stays."
+                "The teacher has been frozen. Whoever trains it afterward wonders why it stays."
             )
         if any(logits.requires_grad for _, _, logits in log):
             raise Mistake(

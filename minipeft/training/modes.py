@@ -27,7 +27,7 @@ def switch_checkpointing(model: nn.Module, on: bool) -> None:
 
 @contextmanager
 def in_mode(model: nn.Module, mode: bool) -> Iterator[None]:
-    """Set train (True) or eval mode in the block; afterwards each module has its own mode again."""
+    """Set train (True) or eval mode in the block; afterward each module has its own mode again."""
     was_training = model.training
     with evaluating(model):
         model.train(mode)
@@ -39,7 +39,7 @@ def in_mode(model: nn.Module, mode: bool) -> Iterator[None]:
 
 @contextmanager
 def training(model: nn.Module, gradient_checkpointing: bool) -> Iterator[None]:
-    """Set train mode and gradient checkpointing in the block; afterwards both are as before.
+    """Set train mode and gradient checkpointing in the block; afterward both are as before.
 
     Gradients are cleared before and after the block.
     """

@@ -4,7 +4,7 @@ RIGHT = [
     (
         "deep_prompt",
         """
-def deep_prompt(model, prompts, input_ids):  # wrappers around the blocks, taken out afterwards
+def deep_prompt(model, prompts, input_ids):  # wrappers around the blocks, taken out afterward
     class Deep(torch.nn.Module):
         def __init__(self, block, own):
             super().__init__()

@@ -1,4 +1,4 @@
-"""`train(compile=True)`: the same losses, the same model afterwards, and one sentence if it fails.
+"""`train(compile=True)`: the same losses, the same model afterward, and one sentence if it fails.
 
 inductor, which writes and compiles C++, is slow to start, so it is asked once. The other tests let
 torch trace the step into a graph and run the graph as it is, which must give the very same bits.

@@ -368,7 +368,7 @@ def last_logits(logits, attention_mask):
         _share("lengths = sorted(lengths) if grouped else lengths", "lengths.sort()"),
         "was sorted itself",
     ),
-    ("padded_share", _share(RETURN, RETURN + " * 100"), "not per cent"),
+    ("padded_share", _share(RETURN, RETURN + " * 100"), "not percent"),
     ("padded_share", _share(RETURN, f"return round({RETURN[7:]}, 3)"), "is rounded"),
     ("padded_share", _share("sorted(lengths)", "sorted(lengths)[::-1]"), "longest come first"),
     (
