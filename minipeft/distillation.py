@@ -17,9 +17,8 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from minipeft.freezing import blocks
-from minipeft.refusals import refuse_no_model, shown
+from minipeft.refusals import is_number, refuse_no_model, shown
 from minipeft.targets import logits_at_targets, refuse_beyond, send, target_places
-from minipeft.technique.layers import is_number
 from minipeft.technique.on_model import evaluating
 
 DIVERGENCES = ("forward", "reverse")

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.nn.functional import dropout, embedding
 
-from minipeft.refusals import require
-from minipeft.technique.layers import InPlace, add_product, is_number, lora_layers, matrix
+from minipeft.refusals import is_number, require
+from minipeft.technique.layers import InPlace, add_product, lora_layers, matrix
 from minipeft.technique.on_model import has_numbers
 
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from numbers import Real
 from typing import TypeVar
 
 import torch
@@ -23,6 +24,11 @@ def require(condition: object, message: str) -> None:
 def shown(value: object) -> str:
     """repr(value) for an error message: on one line, cut to 60 characters."""
     return " ".join(repr(value).split())[:60]
+
+
+def is_number(value: object) -> bool:
+    """Is this a real number, of Python or of NumPy, and no bool?"""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def refuse_flag(name: str, value: object) -> None:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from minipeft.assets.fetch import AssetError
 from minipeft.assets.sources import LANGUAGES, REVIEW_FILES, fetch_dialogues, fetch_reviews
-from minipeft.refusals import require, shown
-from minipeft.technique.layers import is_number
+from minipeft.refusals import is_number, require, shown
 
 if TYPE_CHECKING:
     from datasets import DatasetDict

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable
-from numbers import Real
 from typing import Any
 
 import torch
@@ -11,7 +10,14 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from minipeft.freezing import modules_named
-from minipeft.refusals import Model, refuse_flag, refuse_no_model, refuse_size, require
+from minipeft.refusals import (
+    Model,
+    is_number,
+    refuse_flag,
+    refuse_no_model,
+    refuse_size,
+    require,
+)
 from minipeft.technique.on_model import (
     freeze_base,
     has_numbers,
@@ -197,11 +203,6 @@ def check_settings(r: int, alpha: float, dropout: float, scaling: str, dora: boo
         f"scaling={scaling!r} is none of {', '.join(map(repr, SCALINGS))}.",
     )
     refuse_flag("dora", dora)
-
-
-def is_number(value: object) -> bool:
-    """Is this a real number, of Python or of NumPy, and no bool?"""
-    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _refuse_tied(model, name, layer, remedy):
