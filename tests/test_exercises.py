@@ -2,7 +2,6 @@
 
 import ast
 import re
-import time
 
 import pytest
 from exercise_cells import (
@@ -77,15 +76,13 @@ def test_an_exercise_never_imports_what_it_asks_for(name):
 
 
 @exercises
-def test_the_solution_passes_and_each_check_answers_within_seconds(name):
+def test_the_solution_passes_every_check(name):
     checks = load_checks(name)
     space = {}
     used = set()
     for cell in task_cells("solutions", name):
-        start = time.monotonic()
         exec(compile(cell.source, "<cell>", "exec"), space)  # noqa: S102
         if is_graded(cell):
-            assert time.monotonic() - start < 10, "a check must answer within 10 s"
             used |= set(re.findall(r"checks\.(\w+)\(", cell.source))
     assert used == set(vars(checks)), "every check is used by a task, and no other is called"
 

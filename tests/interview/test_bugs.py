@@ -3,7 +3,6 @@
 import contextlib
 import io
 import re
-import time
 
 import pytest
 import torch
@@ -21,10 +20,9 @@ def shows(source, expression):
     """Run a program, and evaluate an expression over its variables."""
     space = {}
     torch.manual_seed(0)
-    start = time.monotonic()
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(compile(source, "<program>", "exec"), space)  # noqa: S102
-    assert time.monotonic() - start < 10 and printed.getvalue().strip(), "it says something"
+    assert printed.getvalue().strip(), "it says something"
     return bool(eval(expression, space))  # noqa: S307
 
 
