@@ -9,8 +9,8 @@ from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from minipeft.prompts import Prompt, framed
-from minipeft.refusals import refuse_flag, refuse_size, require, shown
-from minipeft.row_checks import checked, is_whole_number, of_whole_rows, refuse_padding
+from minipeft.refusals import is_whole_number, refuse_flag, refuse_size, require, shown
+from minipeft.row_checks import checked, of_whole_rows, refuse_padding
 
 IGNORED = -100  # the default ignore_index of torch's cross_entropy
 
@@ -194,15 +194,15 @@ class Batches:
         require(callable(collate), f"{shown(collate)} cannot collate rows; pass a Collator.")
         refuse_flag("group_by_length", group_by_length)
         refuse_flag("shuffle", shuffle)
-        require(is_whole_number(seed), f"seed={shown(seed)} is no whole number.")
+        require(is_whole_number(seed), f"seed={shown(seed)} is not a whole number.")
         self.rows, self.collate, self.batch_size = rows, collate, batch_size
         self.seed, self.epoch, self.shuffle = seed, 0, shuffle
         self.lengths = _lengths(rows) if group_by_length else None
 
     def set_epoch(self, epoch: int) -> None:
-        """Use the order of this epoch, an integer from 0 on."""
+        """Use the order of this epoch, an integer of at least 0."""
         valid = is_whole_number(epoch) and epoch >= 0
-        require(valid, f"epoch={shown(epoch)} is no whole number from 0 on.")
+        require(valid, f"epoch={shown(epoch)} is not a whole number of at least 0.")
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -245,7 +245,7 @@ def padding_share(batches: Iterable[Mapping[str, torch.Tensor]]) -> float:
         require(positions, "There is no batch, so there is no share of padding.")
     except (TypeError, KeyError, AttributeError, IndexError) as error:
         raise ValueError(
-            f"{shown(batches)} are no batches; give what a Collator made, each with an "
+            f"{shown(batches)} are not batches; give what a Collator made, each with an "
             "attention_mask (batch, seq)."
         ) from error
     return 1 - sum(int(mask.sum()) for mask in masks) / positions

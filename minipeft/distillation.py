@@ -55,7 +55,7 @@ def hard_and_soft(student: torch.Tensor, teacher: torch.Tensor, targets: torch.T
 
 def _check(temperature, divergence, alpha=1.0):
     if not (is_number(alpha) and 0 <= alpha <= 1):
-        raise ValueError(f"alpha={alpha} is no share; 0 is the teacher alone, 1 the labels alone.")
+        raise ValueError(f"alpha={alpha} must be from 0 (teacher alone) to 1 (labels alone).")
     if not (is_number(temperature) and 0 < temperature < float("inf")):
         raise ValueError(f"temperature={temperature} must be a number above 0; 1 changes nothing.")
     if divergence not in DIVERGENCES:

@@ -86,7 +86,7 @@ def classify(
     texts = isinstance(choices, list | tuple) and all(isinstance(c, str) for c in choices)
     require(
         texts and len(choices) >= 2,
-        f"choices={shown(choices)} is no list of two texts or more.",
+        f"choices={shown(choices)} is not a list of two texts or more.",
     )
     rows = [encode(tokenizer, prompt)["input_ids"] for prompt in prompt_list]
     words = [tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in choices]
@@ -126,7 +126,7 @@ def complete(
     position_ids from `generate`. If the model does not take position_ids, such as Bloom, a batch
     holds only prompts of equal length.
     Returns the new text of each, without special tokens.
-    Raises ValueError if a prompt is empty, and for a model that is no causal language model or does
+    Raises ValueError if a prompt is empty, and for a model that is not a causal one or does
     not number its positions as `generate` does.
     """
     prompt_list = _list_of(prompts, model, "complete")

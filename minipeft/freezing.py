@@ -38,7 +38,7 @@ def unfreeze(model: Model, *module_patterns: str) -> Model:
     for pattern in module_patterns or ("*",):
         require(
             isinstance(pattern, str) and pattern,
-            f"{shown(pattern)} is no pattern; give names of modules one by one, as strings.",
+            f"{shown(pattern)} is not a pattern; give names of modules one by one, as strings.",
         )
         matches = {name for name in names if fnmatchcase(name, pattern)}
         if not matches:

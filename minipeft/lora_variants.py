@@ -134,7 +134,7 @@ def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16) -> list[dic
     embedding: there A and B both get `lr`.
     Raises ValueError if there is no LoRA, or for an lr below 0 or a ratio not above 0.
     """
-    require(is_number(lr) and 0 <= lr < math.inf, f"lr={lr!r} must be a number from 0 on.")
+    require(is_number(lr) and 0 <= lr < math.inf, f"lr={lr!r} must be a number of at least 0.")
     require(
         is_number(ratio) and 0 < ratio < math.inf,
         f"ratio={ratio!r} must be above 0: it multiplies the learning rate of B.",

@@ -25,11 +25,11 @@ def framed(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[list[int
     Raises ValueError for any other prompt, and for messages that cannot be rendered.
     """
     if not callable(tokenizer):
-        raise ValueError(f"{shown(tokenizer)} is no tokenizer; load_base returns one.")
+        raise ValueError(f"{shown(tokenizer)} is not a tokenizer; load_base returns one.")
     chat = isinstance(prompt, list | tuple)
     if not chat and not isinstance(prompt, str):
         raise ValueError(
-            f"{shown(prompt)} is no prompt; it must be text, or a list of messages with role and "
+            f"{shown(prompt)} is not a prompt; it must be text or a list of messages with role and "
             "content."
         )
     text = prompt if isinstance(prompt, str) else _rendered(tokenizer, prompt)
@@ -63,7 +63,7 @@ def _rendered(tokenizer, messages):
         require(
             isinstance(message, Mapping)
             and all(isinstance(message.get(key), str) for key in ("role", "content")),
-            f'{shown(message)} is no message; a chat is a list of {{"role": "user", "content": '
+            f'{shown(message)} is not a message; a chat is a list of {{"role": "user", "content": '
             '"..."} with a text each.',
         )
     template = getattr(tokenizer, "chat_template", None)

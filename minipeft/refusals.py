@@ -2,8 +2,8 @@
 
 import os
 from collections.abc import Mapping
-from numbers import Real
-from typing import TypeVar
+from numbers import Integral, Real
+from typing import TypeGuard, TypeVar
 
 import torch
 from torch import nn
@@ -27,8 +27,13 @@ def shown(value: object) -> str:
 
 
 def is_number(value: object) -> bool:
-    """Is this a real number, of Python or of NumPy, and no bool?"""
+    """Is this a real number, of Python or of NumPy, and not a bool?"""
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_whole_number(value: object) -> TypeGuard[int]:
+    """Is this an integer, of Python or of NumPy, and not a bool?"""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def refuse_flag(name: str, value: object) -> None:
@@ -40,7 +45,7 @@ def refuse_size(name: str, value: object, what: str) -> None:
     """Raise ValueError unless `value` is an int of at least 1."""
     require(
         isinstance(value, int) and not isinstance(value, bool) and value >= 1,
-        f"{name}={shown(value)} is no {what}; give a whole number from 1 on.",
+        f"{name}={shown(value)} is not a {what}; give a whole number of at least 1.",
     )
 
 
@@ -48,7 +53,7 @@ def refuse_no_path(name: str, value: object) -> None:
     """Raise ValueError unless `value` is a path."""
     require(
         isinstance(value, str | os.PathLike),
-        f"{name}={shown(value)} is no path; give a string or a Path.",
+        f"{name}={shown(value)} is not a path; give a string or a Path.",
     )
 
 
@@ -56,8 +61,8 @@ def refuse_no_model(model: object) -> None:
     """Raise ValueError unless `model` is an nn.Module."""
     if not isinstance(model, nn.Module):  # no `require`: the repr of a whole model is expensive
         raise ValueError(
-            f"{shown(model)} is no model; give an nn.Module, the first of the two that load_base "
-            "returns."
+            f"{shown(model)} is not a model; give an nn.Module, the first of the two that "
+            "load_base returns."
         )
 
 

@@ -1,12 +1,10 @@
 """Checks of encoded rows before `Collator` pads them: rows that cannot be trained on raise."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral
-from typing import TypeGuard
 
 import torch
 
-from minipeft.refusals import require, shown
+from minipeft.refusals import is_whole_number, require, shown
 
 
 def checked(rows: Sequence[Mapping[str, object]]) -> list[dict[str, torch.Tensor]]:
@@ -92,8 +90,8 @@ def _ids(i, row, name, like=None):
     wrong = value < 0 if name != "labels" else (value < 0) & (value != -100)
     if wrong.any():
         raise ValueError(
-            f"Row {i} of the batch has {int(value[wrong][0])} among its {name}, which is no token "
-            "id; -100 in labels is no target."
+            f"Row {i} of the batch has {int(value[wrong][0])} among its {name}, which is not a "
+            "token id; -100 in labels is not a target."
         )
     return value.long()
 
@@ -104,13 +102,8 @@ def _refuse_row_label(i, label, first):
     require(
         fits and (label.is_floating_point() or label >= 0),
         f"Row {i} of the batch has labels {shown(label.tolist())}; a class is a whole number "
-        "from 0 on, and other labels of rows are finite numbers, as many in each row.",
+        "of at least 0, and other labels of rows are finite numbers, as many in each row.",
     )
-
-
-def is_whole_number(value: object) -> TypeGuard[int]:
-    """Is it an integer, of Python or NumPy, and no bool?"""
-    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def refuse_padding(pad_token_id: object, padding_side: object) -> None:
@@ -122,7 +115,7 @@ def refuse_padding(pad_token_id: object, padding_side: object) -> None:
     )
     require(
         is_whole_number(pad_token_id) and pad_token_id >= 0,
-        f"pad_token_id={shown(pad_token_id)} is no token id; pass a whole number.",
+        f"pad_token_id={shown(pad_token_id)} is not a token id; pass a whole number.",
     )
     if padding_side not in ("left", "right"):
         raise ValueError(f"padding_side={shown(padding_side)} is neither 'left' nor 'right'.")

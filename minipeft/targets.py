@@ -69,5 +69,5 @@ def refuse_beyond(labels: torch.Tensor, count: int) -> None:
     if len(bad):
         raise ValueError(
             f"A label is {int(bad[0])}, but the model tells apart 0 to {count - 1}; "
-            "-100 marks what is no target."
+            "-100 marks what is not a target."
         )

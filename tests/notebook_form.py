@@ -197,7 +197,7 @@ def own_method(notebook, module):
         if short and own.end_lineno - own.lineno < METHOD_LINES:
             for call, mine in comparisons(code, {own.name}).items():
                 sides = [names(argument) for argument in call.args[:2]]
-                # A helper that both sides use is no method, and neither side is the other.
+                # A helper that both sides use is not a method, and neither side is the other.
                 for one, other in (sides, sides[::-1]):
                     if one & mine and not one & from_package[call]:
                         if other & from_package[call] and not other & mine:

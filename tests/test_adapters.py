@@ -561,7 +561,7 @@ def spoil(folder, **changes):
     [
         ("tiny-llama", {"bottleneck": 4}, r"does not fit this base model: .*down.* is \(5,"),
         ("tiny-llama", {"placement": "pfeiffer"}, "o_proj.* and nowhere in the model"),
-        ("tiny-llama", {"bottleneck": None}, "bottleneck=None is no width"),
+        ("tiny-llama", {"bottleneck": None}, "bottleneck=None is not a width"),
         ("tiny-llama", {"activation": "tanh"}, "activation='tanh' is none of"),
         ("tiny-llama", {"placement": []}, r"placement=\[\] is none of"),
         ("tiny-gpt2", {}, "does not fit this base model: model.layers.* nowhere in the model"),
@@ -590,9 +590,9 @@ def test_hf_peft_refuses_the_folder_by_name(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"bottleneck": 0}, "bottleneck=0 is no width"),
-        ({"bottleneck": 2.0}, "bottleneck=2.0 is no width"),
-        ({"bottleneck": True}, "bottleneck=True is no width"),
+        ({"bottleneck": 0}, "bottleneck=0 is not a width"),
+        ({"bottleneck": 2.0}, "bottleneck=2.0 is not a width"),
+        ({"bottleneck": True}, "bottleneck=True is not a width"),
         ({"placement": "Houlsby"}, "placement='Houlsby' is none of 'houlsby', 'pfeiffer'"),
         ({"activation": "swish"}, "activation='swish' is none of 'gelu', 'relu', 'silu'"),
     ],

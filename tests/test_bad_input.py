@@ -1,4 +1,4 @@
-"""Bad input to what is no technique: one sentence that names it, and everything as it was.
+"""Bad input to what is not a technique: one sentence that names it, and everything as it was.
 
 A row of a table is a function, a call that works, and for each argument what it must not be. The
 techniques and folders are in test_bad_techniques.py.

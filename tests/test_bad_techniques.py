@@ -138,14 +138,14 @@ TAKE_A_MODEL = [
 def test_what_is_no_model_is_said_to_be_none(call):
     """For example both that load_base returns, not only the first."""
     for value in (load_base("tiny", device="cpu"), "smollm2", None):
-        assert "is no model; give an nn.Module" in refused(lambda value=value: call(value))
+        assert "is not a model; give an nn.Module" in refused(lambda value=value: call(value))
 
 
 @pytest.mark.parametrize("folder", [5, None, ["adapter"]])
 def test_what_is_no_folder(plain, folder):
     tuned_one = add_lora(load_base("tiny", device="cpu")[0])
     for call in (lambda: save_adapter(tuned_one, folder), lambda: load_adapter(plain, folder)):
-        assert refused(call) == f"folder={folder!r} is no path; give a string or a Path."
+        assert refused(call) == f"folder={folder!r} is not a path; give a string or a Path."
 
 
 @pytest.mark.parametrize("method", [m for m in SOFT if m != "template"])

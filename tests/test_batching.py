@@ -106,7 +106,7 @@ def test_what_holds_for_every_row(prompt, answer, bos, limit):
         ({"answer": ""}, "answer is empty"),
         ({"prompt": ""}, "prompt is empty"),
         ({"prompt": "", "answer": None}, "prompt is empty"),
-        ({"prompt": None}, "None is no prompt"),
+        ({"prompt": None}, "None is not a prompt"),
         ({"answer": 3}, "must be text"),
         ({"max_length": 0}, "max_length=0 is too short"),
         ({"max_length": -5}, "max_length=-5 is too short"),
@@ -350,5 +350,5 @@ def test_rows_are_padded_to_a_multiple_and_no_loss_changes(side):
     model, _ = load_base("tiny-gpt2", device="cpu")
     losses = [model(**c(ROWS)).loss for c in (collate, Collator(PAD, side, position_ids=True))]
     torch.testing.assert_close(*losses)
-    with pytest.raises(ValueError, match="multiple_of=0 is no length"):
+    with pytest.raises(ValueError, match="multiple_of=0 is not a length"):
         Collator(PAD, multiple_of=0)

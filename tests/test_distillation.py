@@ -201,7 +201,7 @@ def test_bad_losses_are_refused():
         ((student, teacher, torch.full_like(labels, -100)), "no target"),
         ((student, teacher, labels.clamp(max=-1)), "A label is -1, .* 0 to 10"),
         ((student, teacher, labels + 11 * (labels >= 0)), "A label is 1., .* 0 to 10"),
-        ((student, teacher, labels, "0.5"), "alpha=0.5 is no share"),
+        ((student, teacher, labels, "0.5"), "alpha=0.5 must be from 0"),
         ((student, teacher, labels, 0.5, "2"), "temperature=2 must be a number"),
     ]
     for arguments, words in cases:
@@ -209,7 +209,7 @@ def test_bad_losses_are_refused():
             distillation_loss(*arguments)
     model, tokenizer = load_base("tiny", device="cpu")
     for options, words in [
-        ({"alpha": 2}, "alpha=2 is no share"),
+        ({"alpha": 2}, "alpha=2 must be from 0"),
         ({"temperature": 0}, "temperature=0 must be a number above 0"),
         ({"divergence": "both"}, "divergence='both' is none of forward, reverse"),
     ]:  # at the call, not when the first loss is computed
@@ -217,7 +217,7 @@ def test_bad_losses_are_refused():
             distil_from(model.train(), **options)
         assert model.training
     for call in (distil_from, lambda pair: written_by(pair, {})):
-        with pytest.raises(ValueError, match="is no model; give an nn.Module, the first of the"):
+        with pytest.raises(ValueError, match="is not a model; give an nn.Module, the first of the"):
             call((model, tokenizer))
 
 

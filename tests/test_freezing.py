@@ -99,7 +99,7 @@ def test_a_pattern_that_matches_nothing_is_refused_with_its_neighbors():
 def test_what_is_no_pattern_is_refused(pattern):
     model, _ = load_base("tiny-llama", device="cpu")
     freeze(model)
-    with pytest.raises(ValueError, match="is no pattern; give names"):
+    with pytest.raises(ValueError, match="is not a pattern; give names"):
         unfreeze(model, "lm_head", pattern)
     assert count_parameters(model)[0] == 0, "an empty name is that of the whole model"
 

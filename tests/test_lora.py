@@ -163,26 +163,26 @@ def test_merging_twice_or_training_merged_is_refused():
     [
         ({"targets": ("q_prj",)}, r"no layer named 'q_prj'; it has .*q_proj.*v_proj"),
         ({"targets": ()}, "by an empty list"),
-        ({"targets": ""}, "targets=.* is no list of names"),
-        ({"targets": None}, "targets=None is no list of names"),
-        ({"targets": [1]}, r"targets=\[1\] is no list of names"),
-        ({"r": "4"}, "is no rank"),
-        ({"r": True}, "r=True is no rank"),
-        ({"r": None}, "r=None is no rank"),
+        ({"targets": ""}, "targets=.* is not a list of names"),
+        ({"targets": None}, "targets=None is not a list of names"),
+        ({"targets": [1]}, r"targets=\[1\] is not a list of names"),
+        ({"r": "4"}, "is not a rank"),
+        ({"r": True}, "r=True is not a rank"),
+        ({"r": None}, "r=None is not a rank"),
         ({"alpha": "16"}, "alpha='16' must be above 0"),
         ({"alpha": float("nan")}, "alpha=nan must be above 0"),
         ({"alpha": float("inf")}, "alpha=inf must be above 0"),
         ({"alpha": None}, "alpha=None must be above 0"),
-        ({"dropout": -0.1}, "dropout=-0.1 is no probability"),
-        ({"dropout": None}, "dropout=None is no probability"),
-        ({"dropout": "0.1"}, "dropout='0.1' is no probability"),
+        ({"dropout": -0.1}, "dropout=-0.1 is not a probability"),
+        ({"dropout": None}, "dropout=None is not a probability"),
+        ({"dropout": "0.1"}, "dropout='0.1' is not a probability"),
         ({"scaling": ["alpha/r"]}, "scaling=.* is none of"),
         ({"dora": "yes"}, "dora='yes' is neither True nor False"),
         ({"targets": ("q_proj", "proj")}, "no layer named 'proj'"),
-        ({"r": 0}, "r=0 is no rank"),
-        ({"r": 2.0}, "r=2.0 is no rank"),
+        ({"r": 0}, "r=0 is not a rank"),
+        ({"r": 2.0}, "r=2.0 is not a rank"),
         ({"alpha": 0}, "alpha=0 must be above 0"),
-        ({"dropout": 1.0}, "dropout=1.0 is no probability"),
+        ({"dropout": 1.0}, "dropout=1.0 is not a probability"),
         ({"scaling": "r/alpha"}, "scaling='r/alpha' is none of 'alpha/r', 'rslora'"),
         ({"targets": ("lm_head",)}, "weight of lm_head is tied"),
         ({"targets": ("embed_tokens", "lm_head")}, "weight of lm_head is tied"),
@@ -496,7 +496,7 @@ class Doubling(nn.Embedding):
 
 
 class Jealous(LlamaForCausalLM):
-    """Does something else as soon as a layer is no plain one."""
+    """Does something else as soon as a layer is not a plain one."""
 
     def forward(self, *args, **kwargs):
         out = super().forward(*args, **kwargs)

@@ -217,7 +217,7 @@ def test_lora_plus_is_that_of_hf_peft():
         with pytest.raises(ValueError, match=f"ratio={ratio!r} must be above 0"):
             lora_plus_groups(one, lr=1e-3, ratio=ratio)
     for lr in (-1e-3, math.inf, math.nan, "a", None, True):
-        with pytest.raises(ValueError, match=f"lr={lr!r} must be a number from 0 on"):
+        with pytest.raises(ValueError, match=f"lr={lr!r} must be a number of at least 0"):
             lora_plus_groups(one, lr=lr)
     with pytest.raises(ValueError, match="has no LoRA"):
         lora_plus_groups(base("tiny-llama")[0], lr=1e-3)

@@ -147,8 +147,8 @@ def test_bad_input_is_refused_and_the_model_left_alone():
     model, _ = load_base("tiny", device="cpu")
     for options, message in (
         ({"encoder": "gru"}, "encoder='gru' is none of 'lstm', 'mlp'"),
-        ({"encoder_hidden_size": 0}, "encoder_hidden_size=0 is no width"),
-        ({"encoder_hidden_size": 2.5}, "encoder_hidden_size=2.5 is no width"),
+        ({"encoder_hidden_size": 0}, "encoder_hidden_size=0 is not a width"),
+        ({"encoder_hidden_size": 2.5}, "encoder_hidden_size=2.5 is not a width"),
     ):
         with pytest.raises(ValueError, match=message):
             add_p_tuning(model, **options)

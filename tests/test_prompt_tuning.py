@@ -88,7 +88,7 @@ def test_nearest_words_finds_the_words_it_started_from():
     every = [sorted(token for token, _ in row) for row in nearest_words(model, k=len(table))]
     assert every == [list(range(len(table)))] * len(near)
     for k in (-1, 0, 2.5, True, None, "3"):
-        with pytest.raises(ValueError, match=f"k={k!r} is no number of words"):
+        with pytest.raises(ValueError, match=f"k={k!r} is not a number of words"):
             nearest_words(model, k)
     with pytest.raises(ValueError, match=f"k=262 is more than the {len(table)} words of the"):
         nearest_words(model, len(table) + 1)
@@ -102,7 +102,7 @@ def test_bad_input_is_refused_and_the_model_left_alone():
         ({"init": "words"}, "init='words' is none of 'text', 'vocab', 'random'"),
         ({"text": "abc"}, "init='vocab' has no use for it"),
         ({"init": "text"}, "To start from text, give some"),
-        ({"num_virtual_tokens": None}, "num_virtual_tokens=None is no length"),
+        ({"num_virtual_tokens": None}, "num_virtual_tokens=None is not a length"),
     ):
         with pytest.raises(ValueError, match=message):
             add_prompt_tuning(model, **options)

@@ -34,9 +34,9 @@ def test_what_comes_before_a_prompt_is_told_from_its_own_ids():
     for text in ("ab", "<bos>ab"):
         assert framed(tokenizer, text) == ([BOS], ids("ab"))
     assert framed(tokenizer, "") == ([BOS], []) and framed(TOKENIZER, "") == ([], [])
-    with pytest.raises(ValueError, match="^None is no tokenizer"):
+    with pytest.raises(ValueError, match="^None is not a tokenizer"):
         framed(None, "ab")
-    with pytest.raises(ValueError, match="^3 is no prompt"):
+    with pytest.raises(ValueError, match="^3 is not a prompt"):
         framed(tokenizer, 3)
 
 
@@ -162,10 +162,10 @@ def test_messages_that_cannot_be_rendered():
     for tokenizer, chat, message in [
         (plain, CHATS[0], "no chat template"),
         (picky, CHATS[0], "cannot render these messages: Roles must$"),
-        (picky, [], "None is no message"),
-        (picky, ["hi"], "'hi' is no message"),
-        (picky, [{"role": "user"}], "is no message"),
-        (picky, [{"role": "user", "content": ["x"]}], "is no message"),
+        (picky, [], "None is not a message"),
+        (picky, ["hi"], "'hi' is not a message"),
+        (picky, [{"role": "user"}], "is not a message"),
+        (picky, [{"role": "user", "content": ["x"]}], "is not a message"),
     ]:
         with pytest.raises(ValueError, match=message):
             encode(tokenizer, chat)

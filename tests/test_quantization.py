@@ -256,9 +256,9 @@ def marked_as_quantized(model):
     "prepare, options, message",
     [
         (None, {"block_size": 63}, "block_size=63 must be even"),
-        (None, {"block_size": 0}, "block_size=0 is no number of weights"),
-        (None, {"block_size": 64.0}, "block_size=64.0 is no number of weights"),
-        (None, {"block_size": "64"}, "block_size='64' is no number of weights"),
+        (None, {"block_size": 0}, "block_size=0 is not a number of weights"),
+        (None, {"block_size": 64.0}, "block_size=64.0 is not a number of weights"),
+        (None, {"block_size": "64"}, "block_size='64' is not a number of weights"),
         (None, {"double": "no"}, "double='no' must be True or False"),
         (add_lora, {}, "Quantize the base first"),
         (lambda m: peft.get_peft_model(m, peft.LoraConfig()), {}, "Quantize the base first"),
@@ -267,7 +267,7 @@ def marked_as_quantized(model):
         (with_nan, {}, r"model.layers.1.mlp.up_proj.weight \(torch.float32\).*NaN or infinite"),
         (with_integers, {}, r"model.layers.0.mlp.up_proj.weight \(torch.int8\)"),
         (lambda m: m.get_input_embeddings(), {}, "no list of blocks"),
-        (lambda m: None, {}, "None is no model"),
+        (lambda m: None, {}, "None is not a model"),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(prepare, options, message):
@@ -283,8 +283,8 @@ def test_bad_input_is_refused_in_one_sentence(prepare, options, message):
     "options, message",
     [
         ({"block_size": 3}, "block_size=3 must be even"),
-        ({"block_size": 0}, "block_size=0 is no number of weights"),
-        ({"block_size": 2.0}, "block_size=2.0 is no number of weights"),
+        ({"block_size": 0}, "block_size=0 is not a number of weights"),
+        ({"block_size": 2.0}, "block_size=2.0 is not a number of weights"),
         ({"double": "no"}, "double='no' must be True or False"),
     ],
 )

@@ -38,13 +38,13 @@ def test_flags_and_sizes():
         with pytest.raises(ValueError, match=f"^double={value!r} is neither True nor False.$"):
             refuse_flag("double", value)
     for value in (0, -1, 1.0, True, None, "1"):
-        with pytest.raises(ValueError, match=f"^r={value!r} is no rank; give a whole number from"):
+        with pytest.raises(ValueError, match=f"^r={value!r} is not a rank; give a whole number"):
             refuse_size("r", value, "rank")
 
 
 def test_what_is_no_model():
     refuse_no_model(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="^'gpt2' is no model; give an nn.Module"):
+    with pytest.raises(ValueError, match="^'gpt2' is not a model; give an nn.Module"):
         refuse_no_model("gpt2")
 
 
@@ -54,7 +54,7 @@ def test_what_is_no_path():
     for value in (5, None, ["runs"], b"runs"):
         with pytest.raises(ValueError) as error:
             refuse_no_path("folder", value)
-        assert str(error.value) == f"folder={value!r} is no path; give a string or a Path."
+        assert str(error.value) == f"folder={value!r} is not a path; give a string or a Path."
 
 
 @pytest.mark.parametrize(

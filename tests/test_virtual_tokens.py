@@ -300,7 +300,7 @@ def test_one_technique_on_a_model(method):
 @pytest.mark.parametrize("n", [0, -1, 2.0, True])
 def test_a_length_that_is_none(method, n):
     model, _ = load_base("tiny", device="cpu")
-    with pytest.raises(ValueError, match=f"num_virtual_tokens={n} is no length"):
+    with pytest.raises(ValueError, match=f"num_virtual_tokens={n} is not a length"):
         METHODS[method](model, n)
     assert all(p.requires_grad for p in model.parameters())
 

@@ -27,7 +27,7 @@ def students_files():
         ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     if listed.returncode:
-        raise SystemExit(f"{ROOT} is no clone made with git, so its files are not known.")
+        raise SystemExit(f"{ROOT} is not a clone made with git, so its files are not known.")
     files = [Path(name) for name in listed.stdout.split("\0") if name]
     kept, teachers = {*SINGLE, *FIXTURES}, Path("docs/teaching.md")
     files.remove(teachers)

@@ -35,7 +35,7 @@ def mathml(latex, display=False):
         math = convert_to_element(text, display="block" if display else "inline")
     except Exception as error:  # its exceptions have no common class
         cause = "it ends too early" if isinstance(error, NoAvailableTokensError) else repr(error)
-        raise ValueError(f"${latex}$ is no LaTeX that can be converted: {cause}") from error
+        raise ValueError(f"${latex}$ is not LaTeX that can be converted: {cause}") from error
     for element in math.iter():
         element.text = html.unescape(element.text or "")
         if "\\" in element.text:

@@ -47,7 +47,7 @@ def decay_groups(answer):
             raise Mistake(f"{name}: afterward other parameters are frozen than before.")
         if set(both) - set(names):
             raise Mistake(
-                f"{name}: a group holds a tensor that is no parameter of the model. AdamW would "
+                f"{name}: a group holds a tensor that is not a parameter of the model. AdamW would "
                 "move that copy, and the model would stay what it is."
             )
         twice = [names[i] for i in names if both.count(i) > 1]
@@ -407,7 +407,7 @@ def _other_batches(answer):
             "With the padding on the left the gradient is wrong: does the model get the attention "
             "mask?",
         ),
-        (zero, "A target with the id 0 is not counted. Only -100 marks what is no target."),
+        (zero, "A target with the id 0 is not counted. Only -100 marks what is not a target."),
     ]
     for batches, message in cases:
         model = _model()
@@ -540,4 +540,4 @@ def _look_at_returned(returned, true_norm, true_loss, loss_after):
         raise Mistake(f"The loss is {true_loss:.4f} over all targets, but {loss:.4f} was returned.")
     kinds = [type(value).__name__ for value in returned if not isinstance(value, float)]
     if kinds:
-        raise Mistake(f"Return two Python floats: a {kinds[0]} of the model's device is no number.")
+        raise Mistake(f"Return two Python floats, not a {kinds[0]} on the model's device.")

@@ -48,7 +48,7 @@ def _changed_in_place(result, model):
         )
     if not model.training:
         raise Mistake(
-            "Freezing is no mode: the model came in training mode and is now in eval mode."
+            "Freezing is not a mode: the model came in training mode and is now in eval mode."
         )
     frozen = [p.grad for p in model.parameters() if not p.requires_grad and p.grad is not None]
     if any(grad.any() for grad in frozen):
@@ -284,7 +284,7 @@ def train_biases(answer):
                 "a scale, not a bias."
             )
         if got - biases:
-            raise Mistake(f"{name}: {sorted(got - biases)[0]} is trainable, and it is no bias.")
+            raise Mistake(f"{name}: {sorted(got - biases)[0]} is trainable, and it is not a bias.")
         missing = sorted(biases - got)
         if missing:
             owner = type(model.get_submodule(missing[0].rpartition(".")[0])).__name__
@@ -373,7 +373,7 @@ def count_by_part(answer):
 
 
 def _without_a_config(answer):
-    """A model of three parts that is no Hugging Face model, on the CPU and without memory."""
+    """A model of three parts that is not a Hugging Face model, on the CPU and without memory."""
     for device in ("cpu", "meta"):
         tied = nn.ModuleDict({"first": nn.Linear(3, 5), "again": nn.Linear(3, 5), "act": nn.ReLU()})
         tied.to_empty(device=device)

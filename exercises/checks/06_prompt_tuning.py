@@ -241,7 +241,7 @@ def start_rows(answer):
 
     ids = ids_of(got)
     if (ids < 0).any():
-        raise Mistake("The vectors are no rows of the embedding table, so they are no tokens.")
+        raise Mistake("The vectors are not rows of the embedding table, so they are not tokens.")
     if torch.equal(ids, torch.arange(8)):
         raise Mistake(
             "These are the first rows of the table, and they begin with special tokens: padding, "
@@ -564,7 +564,7 @@ def prompt_tuned(answer):
             "the caller's own model stays as it was."
         )
     if not isinstance(tuned.prompt, nn.Parameter):
-        raise Mistake("prompt is no nn.Parameter, so no optimizer will ever find it.")
+        raise Mistake("prompt is not an nn.Parameter, so no optimizer will ever find it.")
     trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
     if any(p is tuned.prompt for p in model.parameters()):
         raise Mistake(

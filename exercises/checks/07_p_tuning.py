@@ -43,7 +43,7 @@ def _right_parts(made, n, hidden, width):
     kinds = {"embedding": nn.Embedding, "lstm": nn.LSTM, "mlp": nn.Sequential}
     for name, kind in kinds.items():
         if not isinstance(getattr(made, name, None), kind):
-            raise Mistake(f"The attribute {name} is missing or is no nn.{kind.__name__}.")
+            raise Mistake(f"The attribute {name} is missing or is not an nn.{kind.__name__}.")
     rows = tuple(made.embedding.weight.shape)
     if rows != (n, hidden):
         raise Mistake(
@@ -488,7 +488,7 @@ def _right_row(answer):
     if 0 in labels:
         raise Mistake("A label is 0, which is a token like any other. The loss leaves out -100.")
     if labels[-3:-1] == reply or labels[-1] == -100:
-        raise Mistake("The labels are shifted, or the end of the answer is no target.")
+        raise Mistake("The labels are shifted, or the end of the answer is not a target.")
     if labels != [-100] * 9 + reply:
         raise Mistake(f"The labels end in {labels[-3:]}; the answer is {reply}.")
     if len(mask) != len(ids):

@@ -627,7 +627,7 @@ def _right_projected(got, n, width, row, hidden, wide):
         raise Mistake("With a projection the same is counted as without one.")
     if got == n * row + first + second:
         raise Mistake(
-            "With a projection the table itself is no parameter: it is computed from the embedding."
+            "With a projection the table is not a parameter: it is computed from the embedding."
         )
     if got == first + second:
         raise Mistake("The embedding of the projection is trained too.")

@@ -83,7 +83,7 @@ def _explain_labels(turns, end, labels, right):
         "Only the last turn of the assistant is trained; each of its turns should be.":
             _row(turns, end, lambda role, last, kind:
                  last and role == "assistant" and kind != "role")[1],
-        "The end of the assistant's turns is no target, so the model never learns to stop.":
+        "The end of the assistant's turns is not a target, so the model never learns to stop.":
             _row(turns, end, lambda role, last, kind: role == "assistant" and kind == "text")[1],
         "The role of the assistant is a target, but the program writes it, not the model.":
             _row(turns, end, lambda role, last, kind: role == "assistant")[1],
@@ -98,7 +98,7 @@ def _explain_labels(turns, end, labels, right):
             raise Mistake(told)
     zeros = [0 if label == -100 else label for label in right]
     if labels == zeros:
-        raise Mistake("What is no target has the label 0, which is a token; it should be -100.")
+        raise Mistake("What is not a target has the label 0, which is a token; it should be -100.")
     if labels.count(end) > sum(role == "assistant" for role, _ in turns):
         raise Mistake("More ends of turns are targets than the assistant has turns.")
     raise Mistake(

@@ -192,13 +192,13 @@ def _fits(pattern, name):
     try:
         return re.fullmatch(pattern, name) is not None
     except re.error as error:
-        raise ValueError(f"{pattern!r} of the adapter is no pattern ({error}).") from error
+        raise ValueError(f"{pattern!r} of the adapter is not a pattern ({error}).") from error
 
 
 def _by_pattern(config, key, name, default):
     """The value of the first pattern in rank_pattern or alpha_pattern that matches the name."""
     patterns = config.get(key) or {}
     require(
-        isinstance(patterns, dict), f"{key}={patterns!r} is no mapping from patterns to numbers."
+        isinstance(patterns, dict), f"{key}={patterns!r} is not a mapping from patterns to numbers."
     )
     return next((v for p, v in patterns.items() if _fits(rf"(.*\.)?({p})", name)), default)

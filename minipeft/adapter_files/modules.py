@@ -98,7 +98,7 @@ def take_modules(model: nn.Module, config: Config, state: State, prefix: str) ->
     names = config.get("modules_to_save") or []
     require(
         isinstance(names, list) and all(isinstance(name, str) and name for name in names),
-        f"modules_to_save={names!r} is no list of names.",
+        f"modules_to_save={names!r} is not a list of names.",
     )
     taken: dict[str, State] = {}
     tensors_of: dict[int, list[torch.Tensor]] = {}  # by the id of the model's own tensor

@@ -102,7 +102,7 @@ def read_pair(folder: Path) -> tuple[Config, State]:
         raise ValueError(
             f"The adapter in {folder} is damaged and cannot be read ({error})."
         ) from error
-    require(path is not None, f"{folder} is no adapter folder: it has no {CONFIG}.")
+    require(path is not None, f"{folder} is not an adapter folder: it has no {CONFIG}.")
     pickled = (folder / "adapter_model.bin").exists()
     raise ValueError(
         f"{folder} has no {TENSORS}"

@@ -140,7 +140,7 @@ def _pretrained(source, dtype, local):
         )
     if not close(one, other):
         raise AssetError(
-            f"{source} is no causal language model: in {name} a token sees those after it."
+            f"{source} is not a causal language model: in {name} a token sees those after it."
         )
     return model, tokenizer
 
@@ -175,7 +175,7 @@ def load_base(
         f"dtype={shown(dtype)} is none of torch.float16, bfloat16, float32 and float64.",
     )
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
-        raise ValueError(f"seed={shown(seed)} is no whole number from 0 to 2**64 - 1.")
+        raise ValueError(f"seed={shown(seed)} is not a whole number from 0 to 2**64 - 1.")
     device = pick_device() if device is None else _device(device)
     name = os.fspath(name)
     if name in TINY or name == "tiny":

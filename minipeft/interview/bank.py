@@ -34,7 +34,7 @@ def load_bank(
     rows = raw_bank()
     chapters = sorted({row["chapter"] for row in rows})
     require(chapter in ("", *chapters), f"chapter={shown(chapter)} is none of {shown(chapters)}.")
-    require(isinstance(search, str), f"search={shown(search)} is no text.")
+    require(isinstance(search, str), f"search={shown(search)} is not text.")
     words = search.casefold().split()
     found = []
     for row in rows:

@@ -100,7 +100,7 @@ class Mock:
     def answer(self, number: int, value: float | str) -> bool:
         """Grade a drill: right within 10 %. Raises ValueError for another part or no number."""
         part = self._part(number)
-        require(part.kind == "drill", f"Part {number} is no drill.")
+        require(part.kind == "drill", f"Part {number} is not a drill.")
         return bool(self._grade(part, float(part.item.right(value))))
 
     def code(self, number: int, *answer: Any) -> bool:
@@ -109,7 +109,7 @@ class Mock:
         Raises ValueError for another part.
         """
         part = self._part(number)
-        require(part.kind == "code", f"Part {number} is no coding task.")
+        require(part.kind == "code", f"Part {number} is not a coding task.")
         names = part.item.call.partition("(")[2].rstrip(")")
         given = len(answer) == names.count(",") + 1
         require(given, f"Part {number} is graded by code({number}, {names}).")
@@ -168,7 +168,7 @@ def mock(level: str = "senior", language: str = "en", minutes: int = 30, seed: i
     require(level in LEVELS, f"level={shown(level)} is none of {', '.join(LEVELS)}.")
     require(language in LANGUAGES, f'language={shown(language)} is neither "en" nor "zh".')
     fits = isinstance(minutes, int) and 30 <= minutes <= 180
-    require(fits, f"minutes={shown(minutes)} is no whole number from 30 to 180.")
+    require(fits, f"minutes={shown(minutes)} is not a whole number from 30 to 180.")
     rng = random.Random(seed)
     bank = raw_bank()
     easy_enough = LEVELS[: LEVELS.index(level) + 1]

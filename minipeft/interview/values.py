@@ -67,7 +67,7 @@ def arithmetic(formula: str, names: dict[str, float]) -> float:
             return OPERATORS[type(node.op)](value(node.operand))
         if isinstance(node, ast.Call) and getattr(node.func, "id", None) in FUNCTIONS:
             return FUNCTIONS[node.func.id](*map(value, node.args))
-        raise ValueError(f"{formula!r} is no arithmetic with the names {sorted(names)}.")
+        raise ValueError(f"{formula!r} is not arithmetic with the names {sorted(names)}.")
 
     return value(ast.parse(formula, mode="eval").body)
 

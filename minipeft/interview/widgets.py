@@ -16,7 +16,7 @@ WORDS = {
     "en": {"left": "{} left", "over": "time is up", "back": "Back", "next": "Next",
            "reveal": "Answer", "grade": "Grade", "check": "Check", "report": "Report",
            "right": "right", "wrong": "wrong", "value": "a number",
-           "no number": "{} is no number; answer like 12.5 or 1,200."},
+           "no number": "{} is not a number; answer like 12.5 or 1,200."},
     "zh": {"left": "剩余 {}", "over": "时间到", "back": "上一题", "next": "下一题",
            "reveal": "看答案", "grade": "评分", "check": "检查", "report": "总结",
            "right": "正确", "wrong": "错误", "value": "一个数",

@@ -35,7 +35,7 @@ def check_settings(
         raise ValueError(f"method={method!r} must be a function that takes and returns a model.")
     for name, number in {"batch": batch, "seq": seq}.items():
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise ValueError(f"{name}={number!r} must be a whole number from 1 on.")
+            raise ValueError(f"{name}={number!r} must be a whole number of at least 1.")
     for name, value in chosen.items():
         known = CHOICES[name]
         require(value in known, f"{name}={value!r} is none of {', '.join(known)}.")
@@ -74,7 +74,7 @@ def build_without_numbers(
 
 
 def refuse_kind(what: str) -> NoReturn:
-    """Raise ValueError for `what`, which names a model that is no causal language model."""
+    """Raise ValueError for `what`, which names a model that is not a causal language model."""
     raise ValueError(
         f"The memory is predicted and measured of causal language models; {what} is none."
     )

@@ -95,7 +95,7 @@ def put_lora(
 ) -> None:
     """Freeze the model and replace each of [(name, layer)] by new_layer(name, layer).
 
-    Raises ValueError for a tied layer that is no embedding, and for one whose forward is not that
+    Raises ValueError for a tied layer that is not an embedding, for one whose forward is not that
     of its kind. An embedding or head with LoRA can afterward not be resized or tied.
     """
     for name, layer in layers:
@@ -182,7 +182,7 @@ def list_of_names(targets: str | Iterable[str]) -> list[str]:
     require(
         isinstance(names, list | tuple | set)
         and all(isinstance(name, str) and name for name in names),
-        f"targets={names!r} is no list of names of layers.",
+        f"targets={names!r} is not a list of names of layers.",
     )
     return list(names)
 
@@ -196,7 +196,7 @@ def check_settings(r: int, alpha: float, dropout: float, scaling: str, dora: boo
     )
     require(
         is_number(dropout) and 0 <= dropout < 1,
-        f"dropout={dropout!r} is no probability below 1.",
+        f"dropout={dropout!r} is not a probability below 1.",
     )
     require(
         scaling in list(SCALINGS),

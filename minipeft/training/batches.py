@@ -20,7 +20,7 @@ def checked(
     try:
         numbered = enumerate(batches)
     except TypeError as error:
-        raise ValueError(f"{shown(batches)} are no batches; pass a list of them.") from error
+        raise ValueError(f"{shown(batches)} are not batches; pass a list of them.") from error
     for i, batch in numbered:
         if not isinstance(batch, Mapping) or not all(map(torch.is_tensor, batch.values())):
             raise ValueError(f"Batch {i} is {shown(batch)}, no dict of tensors; use a Collator.")

@@ -58,7 +58,7 @@ def _state(folder):
     except (OSError, ValueError) as error:
         return None, f"state.json cannot be read ({error})"
     if not isinstance(state, dict) or not all(isinstance(state.get(key), dict) for key in STATE):
-        return state, f"state.json is no object with {', '.join(sorted(STATE))}"
+        return state, f"state.json is not an object with {', '.join(sorted(STATE))}"
     return state, None
 
 
@@ -105,7 +105,7 @@ def refuse_names_in_the_way(root: str | Path, saved: Callable[[int], bool]) -> N
         step = _number(path)
         if step is not None and saved(step):
             raise ValueError(
-                f"{path} is no checkpoint of this run and would be in the way of one. Move it, or "
+                f"{path} is not a checkpoint of this run and would be in its way. Move it, or "
                 "take another checkpoint_dir."
             )
 

@@ -1,14 +1,20 @@
 """The checks of `train`'s arguments, made before the first step."""
 
 import math
-from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import nn
 
 from minipeft.freezing import trainable_parameters
-from minipeft.refusals import refuse_flag, refuse_no_path, require, shown
+from minipeft.refusals import (
+    is_number,
+    is_whole_number,
+    refuse_flag,
+    refuse_no_path,
+    require,
+    shown,
+)
 from minipeft.training.distributed import world_size
 from minipeft.training.loss import refuse_kind
 from minipeft.training.modes import CUDA_GRAPHS
@@ -32,7 +38,7 @@ def refuse_bad_input(
         refuse_no_path("checkpoint_dir", call["checkpoint_dir"])
     require(
         callable(call["loss_sum"]),
-        f"loss_sum={shown(call['loss_sum'])} is no function of (model, batch); leave it out for "
+        f"loss_sum={shown(call['loss_sum'])} is not a function of (model, batch); leave it out for "
         "the model's own loss.",
     )
     _refuse_precision(model, call["precision"])
@@ -53,18 +59,21 @@ def _refuse_numbers(call, groups):
     for name in COUNTS:
         value, minimum = call[name], int(name != "warmup_steps")
         require(
-            _is_number(value, minimum, Integral) or (value is None and name.endswith("every")),
+            (is_whole_number(value) and value >= minimum)
+            or (value is None and name.endswith("every")),
             f"{name}={value!r} is not a number of steps or batches.",
         )
     for name, value in ((name, g[name]) for g in groups for name in ("lr", "weight_decay")):
-        require(_is_number(value, 0, Real), f"{name}={value!r} must be a number from 0 on.")
+        require(
+            _is_finite(value) and value >= 0, f"{name}={value!r} must be a number of at least 0."
+        )
     limit, seed = call["max_grad_norm"], call["seed"]
     require(
-        limit is None or (_is_number(limit, 0, Real) and limit),
+        limit is None or (_is_finite(limit) and limit > 0),
         f"max_grad_norm={limit!r} must be above 0, or None for no limit.",
     )
     require(
-        _is_number(seed, 0, Integral) and seed < 2**32,
+        is_whole_number(seed) and 0 <= seed < 2**32,
         f"seed={seed!r} must be a whole number from 0 to 2**32 - 1.",
     )
     require(
@@ -136,5 +145,5 @@ def _refuse_parameters(model, groups):
         )
 
 
-def _is_number(value, minimum, kind):
-    return isinstance(value, kind) and not isinstance(value, bool) and minimum <= value < math.inf
+def _is_finite(value):
+    return is_number(value) and math.isfinite(value)

@@ -51,7 +51,7 @@ class History:
             if len(history.eval_step) != len(history.eval_loss):
                 raise ValueError("eval_step and eval_loss are not as long as each other")
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{shown(text)} is no history in JSON: {error}.") from error
+            raise ValueError(f"{shown(text)} is not a history in JSON: {error}.") from error
         return history
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":

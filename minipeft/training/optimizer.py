@@ -49,7 +49,7 @@ def parameter_groups(
         return [defaults | group | {"params": list(group["params"])} for group in groups]
     except (KeyError, TypeError) as error:
         raise ValueError(
-            '`groups` is no list of dicts that each hold a list of parameters as "params"; give '
+            '`groups` is not a list of dicts that each hold a list of parameters as "params"; give '
             "what torch.optim takes, or leave it out."
         ) from error
 

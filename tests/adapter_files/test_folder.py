@@ -153,28 +153,28 @@ def same(a, b):
         (lambda f: spoil(f, use_dora=True), "lora_magnitude_vector is missing"),
         (lambda f: spoil(f, ensure_weight_tying=True), "uses ensure_weight_tying"),
         (lambda f: spoil(f, modules_to_save=["lm_head"]), "lm_head.weight is missing in the ad"),
-        (lambda f: spoil(f, modules_to_save="lm_head"), "modules_to_save='lm_head' is no list"),
-        (lambda f: spoil(f, modules_to_save=[""]), "modules_to_save=.* is no list of names"),
+        (lambda f: spoil(f, modules_to_save="lm_head"), "modules_to_save='lm_head' is not a list"),
+        (lambda f: spoil(f, modules_to_save=[""]), "modules_to_save=.* is not a list of names"),
         (lambda f: spoil(f, rank_pattern={"q_proj": 9}), r"is \(3, \d+\) in .* and \(9, \d+\) in"),
-        (lambda f: spoil(f, rank_pattern=["q_proj"]), "rank_pattern=.* is no mapping"),
+        (lambda f: spoil(f, rank_pattern=["q_proj"]), "rank_pattern=.* is not a mapping"),
         (lambda f: spoil(f, alpha_pattern={"q_proj": "8"}), "alpha='8' must be above 0"),
-        (lambda f: spoil(f, alpha_pattern={"(": 8}), "is no pattern"),
+        (lambda f: spoil(f, alpha_pattern={"(": 8}), "is not a pattern"),
         (lambda f: spoil(f, bias="all"), "uses bias='all'"),
         (lambda f: spoil(f, target_modules=".*proj"), "down_proj.* is missing in the adapter"),
-        (lambda f: spoil(f, target_modules="*proj"), r"'\*proj' of the adapter is no pattern"),
+        (lambda f: spoil(f, target_modules="*proj"), r"'\*proj' of the adapter is not a pattern"),
         (lambda f: spoil(f, target_modules=None), "target_modules=None is neither"),
         (lambda f: spoil(f, target_modules=[1]), r"target_modules=\[1\] is neither"),
         (lambda f: spoil(f, target_modules={}), "target_modules={} is neither"),
         (lambda f: spoil(f, target_modules=["c_attn"]), "no layer named .*c_attn.* it has "),
-        (lambda f: spoil(f, r="3"), "is no rank"),
-        (lambda f: spoil(f, r=None), "r=None is no rank"),
-        (lambda f: spoil(f, r=True), "r=True is no rank"),
-        (lambda f: spoil(f, r=[3]), "is no rank"),
+        (lambda f: spoil(f, r="3"), "is not a rank"),
+        (lambda f: spoil(f, r=None), "r=None is not a rank"),
+        (lambda f: spoil(f, r=True), "r=True is not a rank"),
+        (lambda f: spoil(f, r=[3]), "is not a rank"),
         (lambda f: spoil(f, lora_alpha="16"), "alpha='16' must be above 0"),
         (lambda f: spoil(f, lora_alpha=float("nan")), "alpha=nan must be above 0"),
         (lambda f: spoil(f, lora_alpha=float("inf")), "alpha=inf must be above 0"),
-        (lambda f: spoil(f, lora_dropout=None), "dropout=None is no probability"),
-        (lambda f: spoil(f, lora_dropout="0"), "dropout='0' is no probability"),
+        (lambda f: spoil(f, lora_dropout=None), "dropout=None is not a probability"),
+        (lambda f: spoil(f, lora_dropout="0"), "dropout='0' is not a probability"),
         (lambda f: spoil(f, use_rslora="no"), "use_rslora='no' is neither"),
         (lambda f: spoil(f, use_dora=1), "dora=1 is neither"),
         (lambda f: spoil(f, peft_type=["LORA"]), "of type .'LORA'.; minipeft has LORA"),
@@ -283,7 +283,7 @@ def test_loading_only_reads(tmp_path):
     assert everything(tmp_path) == before
     (tmp_path / "adapter").rename(tmp_path / "moved")
     before = everything(tmp_path)
-    with pytest.raises(ValueError, match="is no adapter folder"):
+    with pytest.raises(ValueError, match="is not an adapter folder"):
         load_adapter(base(), folder)
     load_adapter(base(), tmp_path / "moved")
     assert everything(tmp_path) == before
@@ -323,7 +323,7 @@ def test_saving_writes_through_a_link(tmp_path):
     for path in ("file", "file/below"):
         with pytest.raises(ValueError, match="file is a file"):
             save_adapter(tuned(), tmp_path / path)
-        with pytest.raises(ValueError, match="is no adapter folder"):
+        with pytest.raises(ValueError, match="is not an adapter folder"):
             load_adapter(base(), tmp_path / path)
 
 
@@ -940,9 +940,9 @@ def test_weights_of_the_base_in_the_file_must_be_ours(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"num_virtual_tokens": None}, "num_virtual_tokens=None is no length"),
-        ({"num_virtual_tokens": "3"}, "is no length"),
-        ({"num_virtual_tokens": True}, "num_virtual_tokens=True is no length"),
+        ({"num_virtual_tokens": None}, "num_virtual_tokens=None is not a length"),
+        ({"num_virtual_tokens": "3"}, "is not a length"),
+        ({"num_virtual_tokens": True}, "num_virtual_tokens=True is not a length"),
         ({"num_virtual_tokens": 4}, "does not fit this base model"),
         ({"num_transformer_submodules": 2}, "uses num_transformer_submodules=2"),
         ({"token_dim": 5}, "token_dim is 5 in the adapter"),

@@ -57,7 +57,7 @@ def test_grading_allows_ten_percent_and_refuses_words():
     assert drill.right(drill.answer * 1.09) and drill.right(f"{drill.answer * 0.91:,}")
     assert not drill.right(drill.answer * 1.11) and not drill.right(-drill.answer)
     for text in ("a lot", "12,5", "nan", ""):
-        with pytest.raises(ValueError, match="is no number"):
+        with pytest.raises(ValueError, match="is not a number"):
             drill.right(text)
     with pytest.raises(ValueError, match="no drill 'poetry'"):
         draw(0, "poetry")

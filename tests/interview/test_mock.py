@@ -80,7 +80,7 @@ def test_what_cannot_be_drawn_is_refused():
     for arguments, said in (
         (("expert",), "level='expert'"),
         (("senior", "de"), 'neither "en" nor "zh"'),
-        (("senior", "en", 5), "minutes=5 is no whole number from 30 to 180"),
+        (("senior", "en", 5), "minutes=5 is not a whole number from 30 to 180"),
         (("senior", "en", "45"), "minutes='45'"),
     ):
         with pytest.raises(ValueError, match=said):

@@ -135,7 +135,7 @@ def test_a_name_in_the_way_is_said_before_the_training(run, tmp_path):
         root.mkdir()
         make(root / "step-000004")
         for resume in (True, False):
-            with pytest.raises(ValueError, match="step-000004 is no checkpoint of this run and"):
+            with pytest.raises(ValueError, match="step-000004 is not a checkpoint of this run and"):
                 run(resume=resume)
         assert [path.name for path in root.iterdir()] == ["step-000004"]
         run(save_every=3)  # it is in nobody's way now
@@ -201,9 +201,9 @@ DAMAGE = {
     "truncated state": (cut("state.json"), "state.json cannot be read"),
     "empty state": (lambda f: (f / "state.json").write_text(""), "state.json cannot be read"),
     "bytes": (lambda f: (f / "state.json").write_bytes(b"\xff\xfe"), "state.json cannot be read"),
-    "a list": (lambda f: (f / "state.json").write_text("[1]"), "state.json is no object with"),
-    "no place": (restate(lambda s: without(s, "place")), "state.json is no object with history"),
-    "a place of text": (restate(lambda s: s.update(place="x")), "state.json is no object with"),
+    "a list": (lambda f: (f / "state.json").write_text("[1]"), "state.json is not an object with"),
+    "no place": (restate(lambda s: without(s, "place")), "state.json is not an object with hist"),
+    "a place of text": (restate(lambda s: s.update(place="x")), "state.json is not an object with"),
     "no index": (restate(lambda s: without(s, "place", "index")), "does not hold what it should"),
     "below 0": (restate(lambda s: s["place"].update(index=-1)), "does not hold what it should"),
     "no states": (restate(lambda s: without(s, "random", "python")), "does not hold what it"),

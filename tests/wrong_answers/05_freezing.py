@@ -184,7 +184,7 @@ def train_last_blocks(model, k):
     (
         "train_biases",
         _with(_BIAS, TEST, '"bias" in name or "norm" in name'),
-        "and it is no bias",
+        "and it is not a bias",
     ),
     (
         "train_biases",
@@ -291,7 +291,7 @@ def train_last_blocks(model, k):
         _with(_ONLY, "module.requires_grad_(True)", "module.requires_grad = True"),
         "got a new attribute",
     ),
-    ("train_only", _with(_ONLY, "return model", "return model.eval()"), "Freezing is no mode"),
+    ("train_only", _with(_ONLY, "return model", "return model.eval()"), "Freezing is not a mode"),
     (
         "train_only",
         _with(_ONLY, "parameter.grad = None", "parameter.grad.zero_()"),

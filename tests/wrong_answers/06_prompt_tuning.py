@@ -237,7 +237,7 @@ WRONG = [
         "has no such position",
     ),
     ("prompt_tuned", _tuned((".requires_grad_(False)", "")), "it is fine-tuning that does it"),
-    ("prompt_tuned", _tuned((PARAMETER, "prompt.clone()")), "is no nn.Parameter"),
+    ("prompt_tuned", _tuned((PARAMETER, "prompt.clone()")), "is not an nn.Parameter"),
     ("prompt_tuned", _tuned((PARAMETER, "nn.Parameter(prompt)")), "copy them"),
     (
         "prompt_tuned",

@@ -81,7 +81,7 @@ def fill(input_ids, vectors, embedding, placeholder_id):
 WRONG = [
     # Task 1
     ("encoder", _encoder("nn.Embedding(n, hidden)", "nn.Parameter(torch.randn(n, hidden))"),
-     "attribute embedding is missing or is no nn.Embedding"),
+     "attribute embedding is missing or is not an nn.Embedding"),
     ("encoder", _encoder("nn.Embedding(n, hidden)", "nn.Embedding(hidden, n)"),
      "the embedding has the shape (6, 5)"),
     ("encoder", _encoder("bidirectional=True", "bidirectional=False")

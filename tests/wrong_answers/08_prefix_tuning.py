@@ -261,7 +261,7 @@ WRONG = [
     ("count", _edit(_COUNT, NO_KV_HEADS, "heads"), "4 query heads share 2"),
     ("count", _edit(_COUNT, NO_HEAD_DIM, "config.hidden_size // heads"), "a head_dim of its own"),
     ("count", _edit(_COUNT, "if hidden is None:", "if True:"), "the same is counted"),
-    ("count", _edit(_COUNT, "n * width +", "n * row +"), "the table itself is no parameter"),
+    ("count", _edit(_COUNT, "n * width +", "n * row +"), "the table is not a parameter"),
     ("count", _edit(_COUNT, "n * width + ", ""), "The embedding of the projection"),
     ("count", _edit(_COUNT, BOTH, "n * width + width * hidden + hidden * row"), "The biases"),
     ("count", _edit(_COUNT, "(hidden + 1) * row", "(hidden + 1) * row * n"), "not one for each"),

@@ -24,7 +24,7 @@ class Drill(NamedTuple):
     def right(self, answer: float | str) -> bool:
         """Whether an answer is within 10 % of the right one. Accepts numbers and "1,200".
 
-        Raises ValueError for what is no number, as "12,5".
+        Raises ValueError for what is not a number, as "12,5".
         """
         text = str(answer).strip()
         if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?", text):
@@ -33,5 +33,7 @@ class Drill(NamedTuple):
             number = float(text)
         except ValueError:
             number = math.nan
-        require(math.isfinite(number), f"{shown(answer)} is no number; answer like 12.5 or 1,200.")
+        require(
+            math.isfinite(number), f"{shown(answer)} is not a number; answer like 12.5 or 1,200."
+        )
         return abs(number - self.answer) <= TOLERANCE * abs(self.answer)
