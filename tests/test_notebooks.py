@@ -66,8 +66,8 @@ LEAVES = [
     (f"against LoRA's {N}", "13_choosing_a_method", f"LoRA +460,800 trainable: peak {N} GiB", 1),
     (f"for {N} points", "13_choosing_a_method", rf"LoRA at its best rate: {N} points", 1),
     (rf"\(-1.8 to {N}\)", "13_choosing_a_method", rf"its best rate: \S+ points \(-1.8 to {N}\)", 1),
-    (rf"\({N} and \d+ of 300 right", "11_lora", f"all seven: {N}", 1),
-    (f"and {N} of 300 right", "11_lora", rf"r = +8 at .* trained, {N} of 300", 1),
+    (rf"and values \({N} points", "11_lora", rf"all seven +{N} \(", 1),
+    (rf"-2.0 to {N}, \[notebook 11", "11_lora", rf"all seven +\S+ \(-2.0 to {N}\)", 1),
 ]
 
 

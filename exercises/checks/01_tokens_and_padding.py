@@ -146,7 +146,7 @@ def _padded(rows, filler, side):
 
 
 def last_logits(answer):
-    """Check a function (logits, attention_mask) -> the logits behind each row's next token."""
+    """Check a function (logits, attention_mask) -> logits that predict the next tokens."""
     torch.manual_seed(0)
     for side, mask in _MASKS.items():
         mask = torch.tensor(mask)

@@ -66,7 +66,7 @@ def _right_row(answer, tokenizer, prompt, text):
     ids, labels = row["input_ids"], row["labels"]
     if not isinstance(ids, list) or not isinstance(labels, list):
         raise Mistake(
-            f"input_ids and labels are to be lists; you have a {type(ids).__name__} and a "
+            f"input_ids and labels must be lists; you have a {type(ids).__name__} and a "
             f"{type(labels).__name__}."
         )
     if len(ids) != len(labels):

@@ -110,7 +110,7 @@ def train_only(answer):
     if not got:
         raise Mistake(
             "The pattern '*.q_proj' unfroze nothing. Patterns name modules, and a parameter's name "
-            "goes on behind that of its module."
+            "goes on after that of its module."
         )
     if any("extra" in name for name in got):
         raise Mistake(
@@ -140,7 +140,7 @@ def train_only(answer):
         )
     answer(model, "first.norm", "second.norm")
     if _trainable(model) != of("first.norm", "second.norm"):
-        raise Mistake("With two patterns, what either of them matches is to be trainable.")
+        raise Mistake("With two patterns, what either of them matches must be trainable.")
     if _refuses(answer, model, "f*.norm"):
         raise Mistake("'f*.norm' is refused. A * may stand anywhere in a pattern.")
     if _trainable(model) != of("first.norm", "first_deep.third.norm"):

@@ -90,7 +90,7 @@ def _explain_labels(got, labels, wanted):
     """Raise the Mistake that fits labels of the right shape for n=3."""
     if torch.equal(got, torch.cat([labels, labels.new_full((2, 3), -100)], 1)):
         raise Mistake(
-            "The extra labels stand behind the real ones, so each target is asked for n positions "
+            "The extra labels stand after the real ones, so each target is asked for n positions "
             "too early, partly of virtual tokens. The loss falls, and the model learns to answer "
             "before it has read."
         )
@@ -166,7 +166,7 @@ def extend_mask(answer):
 
 
 def _explain_mask(got, mask):
-    """Raise Mistake unless this is the mask (2, 6) behind two ones per row."""
+    """Raise Mistake unless this is the mask (2, 6) after two ones per row."""
     ones = mask.new_ones(2, 2)
     wanted = torch.cat([ones, mask], 1)
     if not ((got == 0) | (got == 1)).all():
@@ -178,7 +178,7 @@ def _explain_mask(got, mask):
         return
     if torch.equal(got.long(), torch.cat([mask, ones], 1)):
         raise Mistake(
-            "The ones for the virtual tokens stand behind the text. Padding then counts as "
+            "The ones for the virtual tokens stand after the text. Padding then counts as "
             "text in one place and text as padding in another."
         )
     if not got[:, :2].any():
@@ -193,7 +193,7 @@ def _explain_mask(got, mask):
     if torch.equal(got.long().sum(1), wanted.sum(1)):
         raise Mistake(
             "Each row has as many ones as it should, but not where its tokens are: the padding "
-            "stays beside the text, behind the virtual tokens."
+            "stays beside the text, after the virtual tokens."
         )
     raise Mistake("The mask does not consist of n ones and then the mask of the text.")
 
@@ -355,7 +355,7 @@ def _explain_positions(got, mask, side, n):
         )
     if count[1] == wanted[1] and count[0][:2] == [0, 0]:
         raise Mistake(
-            "In the padded row several virtual tokens have position 0. The padding stands behind "
+            "In the padded row several virtual tokens have position 0. The padding stands after "
             "them, so do not subtract it from their columns."
         )
     if side == "left" and count[0] == [*range(n), *range(n + 3, n + 6)]:
@@ -489,7 +489,7 @@ def _explain_tokens(name, got, wanted, calls, mask):
     if second.mask is not None and second.mask.shape == (2, calls[0].length + 1):
         if grown is not None and not torch.equal(second.mask, grown):
             raise Mistake(
-                "The mask of the second call has the right length, but its new one is not behind "
+                "The mask of the second call has the right length, but its new one is not after "
                 "the text, where the new token is."
             )
         places = second.mask.sum(1, keepdim=True) - 1
@@ -664,7 +664,7 @@ def _still(dtype, model):
 
 
 def _with_other_numbers(answer):
-    """One row and three, behind one virtual token and seven."""
+    """One row and three, after one virtual token and seven."""
     for rows, n in ((1, 7), (3, 1)):
         model, _ = load_base("tiny-qwen2", device="cpu", dtype=torch.float64)
         text = torch.arange(50, 50 + n)
@@ -679,11 +679,11 @@ def _with_other_numbers(answer):
         if not isinstance(got, torch.Tensor) or got.shape != wanted.shape:
             said = got if isinstance(got, str) else f"logits {tuple(got.shape)}"
             raise Mistake(
-                f"{rows} row(s) of 4 tokens behind {n} virtual tokens do not fit, 2 rows behind 5 "
+                f"{rows} row(s) of 4 tokens after {n} virtual tokens do not fit, 2 rows after 5 "
                 f"do: {said}."
             )
         if not torch.allclose(got, wanted, atol=1e-9):
-            raise Mistake(f"The logits are right behind 5 virtual tokens, and not behind {n}.")
+            raise Mistake(f"The logits are right after 5 virtual tokens, and not after {n}.")
 
 
 def _predictions(logits, labels):

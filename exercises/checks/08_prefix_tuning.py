@@ -373,13 +373,13 @@ def _right_lengthening(answer, mask, n):
         raise Mistake("The mask hides the prefix: its columns are 0.")
     if torch.equal(longer, torch.cat([mask, ones], 1)) and not torch.equal(longer, right):
         raise Mistake(
-            "The new columns of the mask stand behind those of the text. Where in the cache is "
+            "The new columns of the mask stand after those of the text. Where in the cache is "
             "the prefix?"
         )
     if torch.equal(longer, torch.ones_like(longer)) and not mask.all():
         raise Mistake("All of the mask is 1, so the padding in the text is seen.")
     if not torch.equal(longer, right):
-        raise Mistake("The mask is not that of a prefix and the text behind it.")
+        raise Mistake("The mask is not that of a prefix and the text after it.")
     if positions.shape == (batch, n + seq):
         raise Mistake(
             "There is a position for each virtual token too. The call has the tokens of the text "

@@ -366,7 +366,7 @@ def count(answer):
         if got == layers * n * kv != layers * n * hidden:
             raise Mistake(f"{case}: a state is as wide as the model, not as its keys.")
         if got == (layers + 1) * n * hidden:
-            raise Mistake(f"{case}: one prompt too many. Nothing stands behind the last block.")
+            raise Mistake(f"{case}: one prompt too many. Nothing comes after the last block.")
         if got != layers * n * hidden:
             raise Mistake(f"{case}: {got} is not the number of entries of all prompts.")
         case = f"{name}, key-value form"
@@ -497,7 +497,7 @@ def free_dimensions(answer):
         raise Mistake(f"{case}: the ranks of both are added up, but the same h moves both.")
     if got == 8:
         raise Mistake(
-            f"{case}: not 8. One direction of h changes nothing behind the norm. Measure the "
+            f"{case}: not 8. One direction of h changes nothing after the norm. Measure the "
             "function that you are given, at h."
         )
     if got != 7:
@@ -520,4 +520,4 @@ def free_dimensions(answer):
     case = f"a function that passes on the positive numbers of h alone, which are {wanted}"
     got = measured(case, lambda x: (x.clamp(min=0), 2 * x.clamp(min=0)))
     if got != wanted:
-        raise Mistake(f"{case}: {got} directions. The Jacobian is to be taken at h, nowhere else.")
+        raise Mistake(f"{case}: {got} directions. Take the Jacobian at h, nowhere else.")

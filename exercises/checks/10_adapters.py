@@ -234,7 +234,7 @@ def count(answer):
             ((n * (h * m + h + m), n * h * m), "Only one of the two projections is counted."),
             ((n // layers * one,), "That is one block alone; every block has adapters of its own."),
             ((layers * (one + wide), layers * wide),
-             "An adapter behind the feed-forward network is counted as wide as its middle. What "
+             "An adapter after the feed-forward network is counted as wide as its middle. What "
              "comes out of that network is as wide as what went in."),
             ((n * _size(32, m),), "The width of the heads together is counted, 4 * 8, not that of "
                                   "the hidden states, 40."),
@@ -524,7 +524,7 @@ def _number(calls, owned):
 
 
 def _behind(model, untuned, adapter_class, part=slice(None)):
-    """Random adapters do the same as in a model in which they stand behind the projections."""
+    """Random adapters do the same as in a model in which they stand after the projections."""
     with torch.no_grad():
         _, calls = _run(model, adapter_class)
     adapters = [_fill(m, 0.3) for m, _ in calls]
@@ -880,7 +880,7 @@ def _prepared(answer, model, m, lr):
 
 
 def _computes(model, untuned, new):
-    """Random adapters, of four tensors each, stand behind the feed-forward networks."""
+    """Random adapters, of four tensors each, stand after the feed-forward networks."""
     groups = [new[i : i + 4] for i in range(0, len(new), 4)]
     for group in groups:
         before = model(_IDS).logits
@@ -918,5 +918,5 @@ def _computes(model, untuned, new):
         )
     attention = [block.self_attn.o_proj for block in layers]
     if _same(logits, _hooked(untuned, attention, behind), 1e-4):
-        raise Mistake("The adapters stand behind the attention.")
+        raise Mistake("The adapters stand after the attention.")
     raise Mistake("With random adapters the model computes something else than it should.")

@@ -136,7 +136,7 @@ def _precision(answer):
         ) from error
     if got.dtype != torch.bfloat16:
         raise Mistake(
-            f"With x in bfloat16 the result is {got.dtype}. It is to have the dtype of x."
+            f"With x in bfloat16 the result is {got.dtype}. It should have the dtype of x."
         )
     exact = (0.5 * half.float() @ a.T @ b.T).bfloat16()
     if not torch.allclose(got.float(), exact.float(), rtol=2**-7, atol=1e-3):
@@ -226,7 +226,7 @@ def _parts(answer, width, out, r, alpha, bias):
             raise Mistake(f"{name} does not require grad: it was frozen along with the base.")
     if len(trainable) > 2:
         extra = sorted(trainable - {"lora_A", "lora_B"})
-        raise Mistake(f"{extra[0]} is trainable too. A and B are to be the only ones.")
+        raise Mistake(f"{extra[0]} is trainable too. A and B should be the only ones.")
 
 
 def _start(answer, width, out, r, alpha, bias):
@@ -488,7 +488,7 @@ def add_lora(answer, layer_class):
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     frozen = sorted(n for n in trainable if "lora_" not in n)
     if frozen:
-        raise Mistake(f"{frozen[0]} still requires grad: only A and B are to be trained.")
+        raise Mistake(f"{frozen[0]} still requires grad: only A and B should be trained.")
     if len(trainable) != 4:
         raise Mistake(
             f"{len(trainable)} tensors are trainable instead of two A and two B. What comes first, "

@@ -171,7 +171,7 @@ def _extreme(answer, student, teacher):
         raise Mistake("Where the teacher rules a token out, the value is not the divergence.")
 
 
-# Two rows of six tokens: the first has two targets and padding behind them, the second three.
+# Two rows of six tokens: the first has two targets and padding after them, the second three.
 _LABELS = torch.tensor([[-100, -100, 3, 1, -100, -100], [-100, -100, -100, 2, 4, 0]])
 # Three rows of four tokens without a prompt: also the first token of a row has a label.
 _TEXTS = torch.tensor([[2, 1, 3, 4], [3, 0, -100, -100], [1, 4, 4, -100]])
@@ -680,7 +680,7 @@ def _on_policy_mistakes(s, t, bare_s, bare_t, ids, mask, written, end, most):
         ),
         "the tokens of the prompt are counted too.": kl[:, :-1][real].mean(),
         "every position is counted, the padding in front too.": kl.mean(),
-        "what stands behind the end of a row is counted.": kl[:, after].mean(),
+        "what comes after the end of a row is counted.": kl[:, after].mean(),
         "the end token, which the student wrote, is not counted.": (
             kl[:, after][written & (new != end)].mean()
         ),
@@ -688,7 +688,7 @@ def _on_policy_mistakes(s, t, bare_s, bare_t, ids, mask, written, end, most):
         "it is a sum for each row, not a mean over the tokens.": (
             kl[:, after][written].sum() / len(ids)
         ),
-        "it is a mean over all new positions, those behind an end being zero.": (
+        "it is a mean over all new positions, those after an end being zero.": (
             (kl[:, after] * written).mean()
         ),
         "it is a mean of the rows' means, so tokens of short texts count more.": (

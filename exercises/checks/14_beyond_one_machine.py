@@ -42,7 +42,7 @@ def _right_rows(answer, batch, size, ranks):
         if not isinstance(part, dict) or part.keys() != batch.keys():
             raise Mistake(f"Return a dict with the keys of the batch, {list(batch)}.")
         if not all(torch.is_tensor(tensor) for tensor in part.values()):
-            raise Mistake("The values of the dict are to be tensors.")
+            raise Mistake("The values of the dict must be tensors.")
     name, whole = next(iter(batch.items()))
     for part in parts:
         shape = tuple(part[name].shape)

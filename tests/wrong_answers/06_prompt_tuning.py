@@ -113,7 +113,7 @@ WRONG = [
         _mask("torch.cat([torch.ones(len(attention_mask), n), attention_mask], 1)"),
         "came out as torch.float32",
     ),
-    ("extend_mask", _mask("pad(attention_mask, (0, n), value=1)"), "stand behind the text"),
+    ("extend_mask", _mask("pad(attention_mask, (0, n), value=1)"), "stand after the text"),
     (
         "extend_mask",
         _mask("torch.ones(len(attention_mask), n + attention_mask.shape[1]).long()"),
@@ -459,7 +459,7 @@ def positions(attention_mask):
     (
         "greedy",
         _greedy(("[mask, mask.new_ones(len(mask), 1)]", "[mask.new_ones(len(mask), 1), mask]")),
-        "its new one is not behind",
+        "its new one is not after",
     ),
     (
         "greedy",
@@ -490,7 +490,7 @@ def positions(attention_mask):
     (
         "prompt_tuned",
         _tuned(("n = len(self.prompt)", "n = 5")),
-        "2 rows behind 5 do",
+        "2 rows after 5 do",
     ),
     (
         "prompt_tuned",

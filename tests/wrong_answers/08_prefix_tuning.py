@@ -195,7 +195,7 @@ WRONG = [
     (
         "lengthen",
         _edit(_LENGTHEN, MASK, "torch.cat([mask, mask.new_ones(len(mask), n)], 1)"),
-        "behind those of the text",
+        "after those of the text",
     ),
     (
         "lengthen",

@@ -346,7 +346,7 @@ def free_dimensions(tie, h):
     jacobian = jacrev(lambda x: torch.cat(tie(x)))(torch.ones_like(h))
     return int(torch.linalg.matrix_rank(jacobian))
 """,
-        "is to be taken at h, nowhere else",
+        "Take the Jacobian at h, nowhere else",
     ),
     (
         "free_dimensions",

@@ -517,7 +517,7 @@ WRONG = [
     ("prepare", _edit(_PREPARE, UP, "", UP_BIAS, ""), "start as noise"),
     ("prepare", _edit(_PREPARE, ", own=own", ""), "has no say"),
     ("prepare", _edit(_PREPARE, PLACE, "block.register"), "the sum of the feed-forward network"),
-    ("prepare", _edit(_PREPARE, PLACE, "block.self_attn.o_proj.register"), "behind the attention"),
+    ("prepare", _edit(_PREPARE, PLACE, "block.self_attn.o_proj.register"), "after the attention"),
     ("prepare", _edit(_PREPARE, "torch.relu(", "torch.tanh("), "something else than it should"),
     ("prepare", _edit(_PREPARE, RELU, RELU + ".detach()"), "gradient of the adapters is not"),
     (

@@ -137,7 +137,7 @@ def low_rank(x, lora_A, lora_B, scaling, dropout, training):
         "what comes out of A",
     ),
     (*_path((".to(lora_A.dtype)", "")), "Which dtype do the products have"),
-    (*_path(("z.to(x.dtype)", "z")), "It is to have the dtype"),
+    (*_path(("z.to(x.dtype)", "z")), "It should have the dtype"),
     (
         *_path(
             (".to(lora_A.dtype)", ""),

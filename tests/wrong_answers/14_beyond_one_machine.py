@@ -104,7 +104,7 @@ def rows_of_rank(batch, rank, ranks):
 """,
         "the other ranks need it",
     ),
-    ("rows_of_rank", _rows("t[rank::ranks].tolist()"), "are to be tensors"),
+    ("rows_of_rank", _rows("t[rank::ranks].tolist()"), "must be tensors"),
     (
         "rows_of_rank",
         """
