@@ -141,7 +141,7 @@ def same(a, b):
 @pytest.mark.parametrize(
     "harm,message",
     [
-        (lambda f: (f / "adapter_config.json").unlink(), "no adapter folder"),
+        (lambda f: (f / "adapter_config.json").unlink(), "not an adapter folder"),
         (lambda f: (f / "adapter_model.safetensors").unlink(), "the copy is incomplete"),
         (
             lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),

@@ -465,7 +465,7 @@ def training_step(model, optimizer, batches, max_grad_norm):
     groups = split(model, lambda n, p: p in inside, weight_decay)
     return [group | {"params": [p.detach() for p in group["params"]]} for group in groups]
 """,
-                "no parameter of the model",
+                "not a parameter of the model",
             ),
         ]
     ],

@@ -131,7 +131,7 @@ WRONG = [
     (
         "start_rows",
         _start((ROWS, "torch.randn(n, model.config.hidden_size) * 0.02")),
-        "no rows of the embedding table",
+        "not rows of the embedding table",
     ),
     ("start_rows", _start((PICKED, "ordinary[:n]")), "nothing is drawn at random"),
     (
