@@ -126,8 +126,8 @@ def complete(
     position_ids from `generate`. If the model does not take position_ids, such as Bloom, a batch
     holds only prompts of equal length.
     Returns the new text of each, without special tokens.
-    Raises ValueError if a prompt is empty, and for a model that is not a causal one or does
-    not number its positions as `generate` does.
+    Raises ValueError if a prompt is empty, and for a model that is not a causal language model or
+    does not number its positions as `generate` does.
     """
     prompt_list = _list_of(prompts, model, "complete")
     refuse_size("max_new_tokens", max_new_tokens, "number of tokens")

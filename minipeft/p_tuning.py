@@ -92,7 +92,7 @@ def add_p_tuning(
     if encoder not in ENCODERS:
         raise ValueError(f"encoder={encoder!r} is none of {', '.join(map(repr, ENCODERS))}.")
     if placeholder_id is not None and type(placeholder_id) is not int:
-        raise ValueError(f"placeholder_id={placeholder_id!r} is not a token id: a whole number.")
+        raise ValueError(f"placeholder_id={placeholder_id!r} must be a token id, a whole number.")
     refuse(model, num_virtual_tokens)
     hidden = width_of(model)
     width = hidden if encoder_hidden_size is None else encoder_hidden_size

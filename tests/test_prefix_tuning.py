@@ -105,7 +105,10 @@ def test_bad_input_is_refused_and_the_model_left_alone():
     for options, message in (
         ({"projection": True, "text": "abc"}, "An MLP cannot be made to start at a text"),
         ({"encoder_hidden_size": 8}, "it needs projection=True"),
-        ({"projection": True, "encoder_hidden_size": 2.5}, "encoder_hidden_size=2.5 is not a"),
+        (
+            {"projection": True, "encoder_hidden_size": 2.5},
+            "encoder_hidden_size=2.5 is not a width",
+        ),
         ({"projection": True, "encoder_hidden_size": 0}, "encoder_hidden_size=0 is not a width"),
         ({"num_virtual_tokens": None}, "num_virtual_tokens=None is not a length"),
     ):

@@ -38,7 +38,8 @@ def test_flags_and_sizes():
         with pytest.raises(ValueError, match=f"^double={value!r} is neither True nor False.$"):
             refuse_flag("double", value)
     for value in (0, -1, 1.0, True, None, "1"):
-        with pytest.raises(ValueError, match=f"^r={value!r} is not a rank; give a whole number"):
+        said = f"^r={value!r} is not a rank; give a whole number of at least 1"
+        with pytest.raises(ValueError, match=said):
             refuse_size("r", value, "rank")
 
 

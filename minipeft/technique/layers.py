@@ -95,8 +95,8 @@ def put_lora(
 ) -> None:
     """Freeze the model and replace each of [(name, layer)] by new_layer(name, layer).
 
-    Raises ValueError for a tied layer that is not an embedding, for one whose forward is not that
-    of its kind. An embedding or head with LoRA can afterward not be resized or tied.
+    Raises ValueError for a tied layer that is not an embedding, and for one whose forward is not
+    that of its kind. An embedding or head with LoRA can afterward not be resized or tied.
     """
     for name, layer in layers:
         if not isinstance(layer, nn.Embedding):

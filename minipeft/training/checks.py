@@ -65,11 +65,12 @@ def _refuse_numbers(call, groups):
         )
     for name, value in ((name, g[name]) for g in groups for name in ("lr", "weight_decay")):
         require(
-            _is_finite(value) and value >= 0, f"{name}={value!r} must be a number of at least 0."
+            is_number(value) and 0 <= value < math.inf,
+            f"{name}={value!r} must be a number of at least 0.",
         )
     limit, seed = call["max_grad_norm"], call["seed"]
     require(
-        limit is None or (_is_finite(limit) and limit > 0),
+        limit is None or (is_number(limit) and 0 < limit < math.inf),
         f"max_grad_norm={limit!r} must be above 0, or None for no limit.",
     )
     require(
@@ -143,7 +144,3 @@ def _refuse_parameters(model, groups):
             "trainables float32, for example with model.float(), and get the speed of half "
             'precision from precision="bfloat16".',
         )
-
-
-def _is_finite(value):
-    return is_number(value) and math.isfinite(value)

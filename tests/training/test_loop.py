@@ -231,7 +231,12 @@ def test_bad_input_gets_one_sentence(tmp_path):
         (build(), {"groups": 3}, ValueError, "`groups` is not a list of dicts"),
         (build(), {"groups": [{"lr": 1.0}]}, ValueError, "`groups` is not a list of dicts"),
         (build(), {"groups": [{"params": 3}]}, ValueError, "`groups` is not a list of dicts"),
-        (build(), {"groups": list(build().parameters())}, ValueError, "`groups` is not a list of"),
+        (
+            build(),
+            {"groups": list(build().parameters())},
+            ValueError,
+            "`groups` is not a list of dicts",
+        ),
         (build(), {"max_steps": True}, ValueError, "max_steps=True"),
         (build(), {"max_steps": None}, ValueError, "max_steps=None"),
         (build(), {"accumulation": 2.0}, ValueError, "accumulation=2.0"),

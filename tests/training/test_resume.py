@@ -202,7 +202,10 @@ DAMAGE = {
     "empty state": (lambda f: (f / "state.json").write_text(""), "state.json cannot be read"),
     "bytes": (lambda f: (f / "state.json").write_bytes(b"\xff\xfe"), "state.json cannot be read"),
     "a list": (lambda f: (f / "state.json").write_text("[1]"), "state.json is not an object with"),
-    "no place": (restate(lambda s: without(s, "place")), "state.json is not an object with hist"),
+    "no place": (
+        restate(lambda s: without(s, "place")),
+        "state.json is not an object with history",
+    ),
     "a place of text": (restate(lambda s: s.update(place="x")), "state.json is not an object with"),
     "no index": (restate(lambda s: without(s, "place", "index")), "does not hold what it should"),
     "below 0": (restate(lambda s: s["place"].update(index=-1)), "does not hold what it should"),
