@@ -26,7 +26,8 @@ def runs_of(path: str | Path, task: str, device: str | None = None) -> list[dict
     device: the device whose runs are wanted. Default: the one with the most runs of this task.
     Runs of different devices are never mixed, nor are students of different teachers
     (benchmarks/tasks/distillation.py): only those of the teacher with most runs are returned,
-    with a warning. Of a run made twice, the newer counts. A run that diverged has no answers.
+    with a warning. Runs that name no teacher, the first ones, are returned as well; `at_best_rate`
+    refuses a mixture. Of a run made twice, the newer counts. A run that diverged has no answers.
     Raises ValueError if there is no such run.
     """
     with open(path, newline="", encoding="utf-8") as file:
@@ -68,10 +69,13 @@ def at_best_rate(runs: list[dict], fresh: bool = False) -> dict[str, list[dict]]
     That is the rate of the lowest validation loss among the runs of the lowest seed. A method all
     of whose runs have one rate needs no validation loss.
     fresh: leave out the seed that chose between rates, since the choice favors it.
-    Raises ValueError for runs of several numbers of examples, and for an unknown rate.
+    Raises ValueError for runs of several numbers of examples or several teachers, and for an
+    unknown rate.
     """
     sizes = sorted({run["examples"] for run in runs})
     require(len(sizes) < 2, f"These runs have {sizes} examples; give those of one number.")
+    teachers = sorted({str(run.get("teacher")) for run in runs})
+    require(len(teachers) < 2, f"These runs have the teachers {teachers}; give those of one.")
     methods: dict[str, list[dict]] = {}
     for run in runs:
         methods.setdefault(run["method"], []).append(run)

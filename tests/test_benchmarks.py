@@ -885,6 +885,18 @@ def test_a_report_has_every_method_once_with_its_interval_and_group(tmp_path, mo
     assert [list(line.get_xdata()) for line in dotted] == [[25.0, 25.0]]
 
 
+def test_a_report_leaves_out_students_whose_teacher_is_unknown(tmp_path, monkeypatch):
+    rows = [
+        {"method": "first 8: 5 trained, labels", "lr": 3e-4, "seed": 0, "answers": share(50)},
+        {"method": "first 15: 5 trained, labels", "lr": 3e-4, "seed": 0, "valid_loss": 1.0,
+         "answers": share(60), "details": '{"teacher": "a"}'},
+    ]  # fmt: skip
+    report = stored_runs(tmp_path, monkeypatch, "distillation", rows)
+    assert list(report.results_of("distillation")) == ["first 15: 5 trained, labels"]
+    report = stored_runs(tmp_path, monkeypatch, "distillation", rows[:1])
+    assert list(report.results_of("distillation")) == ["first 8: 5 trained, labels"]
+
+
 def test_no_interval_leaves_what_is_possible(tmp_path, monkeypatch):
     rows = [{"method": "norms", "lr": 1e-3, "seed": seed, "answers": share(right)}
             for seed, right in enumerate((97, 93))]  # fmt: skip

@@ -214,7 +214,10 @@ def test_students_of_two_teachers_never_come_together(tmp_path):
         assert [run["seed"] for run in runs_of(path, "t")] == [1, 2]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert len(runs_of(path, "one")) == 2  # older rows do not tell
+        runs = runs_of(path, "one")
+    assert len(runs) == 2  # older rows do not tell
+    with pytest.raises(ValueError, match=r"have the teachers \['None', 'a'\]; give those of one"):
+        at_best_rate(runs)
 
 
 def test_the_best_rate_is_that_of_the_first_seeds_lowest_validation_loss(tmp_path):

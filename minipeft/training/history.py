@@ -65,7 +65,7 @@ class History:
         if self.eval_loss:
             ax.plot(self.eval_step, self.eval_loss, "o-", color="#D55E00", label="evaluation")
         ax.set_xlabel("optimizer step")
-        ax.set_ylabel("loss (nats per target token)")
+        ax.set_ylabel("loss (mean over targets)")
         ax.legend()
         return ax
 
