@@ -85,7 +85,10 @@ def missing(task, setting, rows):
         if len(tried) < MOST_RATES and best in (min(tried), max(tried)):
             lr = further(best, up=best == max(tried))
             return [Run(task, method, lr, seeds[0], steps, examples)]
-    return [Run(task, method, best, s, steps, examples) for s in seeds if best not in of_seed[s]]
+    made = {s for s in seeds if best in of_seed[s]}
+    if search:  # the first rows have no validation loss; a search makes them again
+        made = {s for s in made if of_seed[s][best]["valid_loss"]}
+    return [Run(task, method, best, s, steps, examples) for s in seeds if s not in made]
 
 
 def further(lr, up):

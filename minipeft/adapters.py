@@ -5,9 +5,10 @@
 
 Houlsby et al. 2019 (section 2.1, figure 2) put one after the attention and one after the
 feed-forward part of each block, before the residual sum. Pfeiffer et al. 2021 (AdapterFusion) keep
-only the second one. Houlsby et al. initialize both matrices near zero. Here `down` is initialized
-as theirs and `up` to zero, so the model is unchanged, bit for bit, before the first step. If both
-were zero, both gradients would be zero too, because each is a product with the other matrix.
+only the second one. Houlsby et al. also train the norms, which stay frozen here, and initialize
+both matrices near zero. Here `down` is initialized as theirs and `up` to zero, so the model is
+unchanged, bit for bit, before the first step. If both were zero, both gradients would be zero too,
+because each is a product with the other matrix.
 """
 
 import math
@@ -66,7 +67,7 @@ class Adapter(InPlace):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.base(x)  # (batch, seq, hidden)
-        # On a half-precision base the adapter stays in float32 and only the sum is rounded.
+        # On a half-precision base, outside autocast, only the sum is rounded.
         z = ACTIVATIONS[self.activation](self.down(h.to(self.down.weight.dtype)))  # (b, seq, m)
         return (h + self.up(z)).to(h.dtype)
 

@@ -213,23 +213,25 @@ def written_by(model: PreTrainedModel, prompts: Mapping[str, torch.Tensor],
                ) -> list[dict[str, list[int]]]:  # fmt: skip
     """Generate answers to a batch of prompts. Returns rows to train on, with the answers as labels.
 
-    prompts: input_ids and attention_mask (batch, seq), left-padded. `options` go to `generate`, for
-    example do_sample=True or num_return_sequences=2. The rows have input_ids and labels, unpadded,
-    for a Collator. An answer cut off at max_new_tokens has no EOS.
+    prompts: input_ids and attention_mask (batch, seq), left-padded. `options`
+    go to `generate`, such as do_sample=True. The rows have input_ids and labels, unpadded, for a
+    Collator. An answer cut off at max_new_tokens has no EOS.
     With the teacher this is sequence-level distillation (Kim and Rush 2016, section 3.2).
     """
     refuse_no_model(model)
     prompts = {k: prompts[k].to(model.device) for k in ("input_ids", "attention_mask")}
-    generate: Any = model.generate
     with evaluating(model):
-        out = generate(**prompts, max_new_tokens=max_new_tokens, **options)
+        out: Any = model.generate(**prompts, max_new_tokens=max_new_tokens, **options)  # type: ignore[operator]
     out = getattr(out, "sequences", out)  # (batch * answers to each prompt, seq)
     masks = prompts["attention_mask"].repeat_interleave(len(out) // len(prompts["input_ids"]), 0)
     ends = options.get("eos_token_id", model.generation_config.eos_token_id)
     ends = ends if isinstance(ends, list) else [ends]
+    fill = options.get("pad_token_id", model.generation_config.pad_token_id)
     width, rows = prompts["input_ids"].shape[1], []
     for ids, mask in zip(out, masks, strict=True):
         prompt, answer = ids[:width][mask == 1].tolist(), ids[width:].tolist()
+        while fill not in ends and answer[-1:] == [fill]:  # what fills a row that has ended
+            answer.pop()
         stop = next((i + 1 for i, token in enumerate(answer) if token in ends), len(answer))
         ids, labels = prompt + answer[:stop], [-100] * len(prompt) + answer[:stop]
         rows.append({"input_ids": ids, "labels": labels})

@@ -120,11 +120,11 @@ def complete(
     max_new_tokens: int = 20,
     **options: Any,
 ) -> list[str]:
-    """Continue each prompt, greedily unless `options` (of `generate`) say otherwise.
+    """Continue each prompt, without sampling unless `options` (of `generate`) ask for it.
 
-    Prompts are texts or chats, as in `encode`. They are padded on the left (claim 1), with
-    position_ids from `generate`. If the model does not take position_ids, such as Bloom, a batch
-    holds only prompts of equal length.
+    Prompts are texts or chats, as in `encode`. They form one batch, padded on the left (notebook
+    01), with position_ids from `generate`. If the model does not take position_ids, such as Bloom,
+    a batch holds only prompts of equal length.
     Returns the new text of each, without special tokens.
     Raises ValueError if a prompt is empty, and for a model that is not a causal language model or
     does not number its positions as `generate` does.

@@ -61,7 +61,7 @@ class LoRALinear(InPlace):
         return add_product(h, self.down(x), self.lora_B)  # (batch, seq, out)
 
     def down(self, x: torch.Tensor) -> torch.Tensor:
-        """scaling * A x, in float32 or wider even on a half-precision base."""
+        """scaling * A x, in float32 or wider even on a half-precision base, outside autocast."""
         return linear(x.to(self.lora_A.dtype), self.lora_A) * self.scaling  # (batch, seq, r)
 
     def change(self) -> torch.Tensor:
@@ -114,7 +114,7 @@ def add_lora(model: Model, r: int = 8, alpha: float = 16, dropout: float = 0.0,
 
     r         rank of the update: r * (in + out) trainable parameters per layer.
     alpha     numerator of the scaling: alpha/r, or alpha/sqrt(r) with scaling="rslora".
-    dropout   dropout probability at the input of the low-rank path.
+    dropout   dropout probability at the input of the low-rank path; not on embeddings.
     targets   last components of layer names: "query_key_value" for Bloom and GPT-NeoX, "c_attn" for
               GPT-2. A longer suffix, "0.attn.c_attn", matches only the layers whose name ends in
               it. Embeddings ("embed_tokens", "wte") and an untied "lm_head" are allowed.

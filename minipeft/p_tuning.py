@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from minipeft.refusals import refuse_no_model, refuse_size
+from minipeft.refusals import refuse_no_model, refuse_size, require
 from minipeft.technique.asked import embedded
 from minipeft.technique.inputs import count_positions, named_inputs, past_length
 from minipeft.technique.words import Place, place_of, width_of
@@ -94,29 +94,29 @@ def add_p_tuning(
     if placeholder_id is not None and type(placeholder_id) is not int:
         raise ValueError(f"placeholder_id={placeholder_id!r} must be a token id, a whole number.")
     refuse(model, num_virtual_tokens)
-    hidden = width_of(model)
+    hidden, place = width_of(model), place_of(model)
     width = hidden if encoder_hidden_size is None else encoder_hidden_size
     refuse_size("encoder_hidden_size", width, "width")
-    place = place_of(model)
     virtual = PromptEncoder(num_virtual_tokens, hidden, encoder, width, placeholder_id, place)
     return attach_encoder(model, virtual)
 
 
 def attach_encoder(model: PreTrainedModel, virtual: PromptEncoder) -> PreTrainedModel:
     """Freeze `model` and attach a `PromptEncoder` to it. Returns the model."""
-    before = _fill_template if virtual.place == "template" else None
-    return attach(model, virtual, "p_tuning", before)
+    template = virtual.place == "template"
+    return attach(model, virtual, "p_tuning", _fill_template if template else None)
 
 
 def _fill_template(first, limit, model, args, kwargs):
     """Forward pre-hook: put the vectors at the placeholders. The sequence keeps its length."""
     virtual, n = model.virtual_tokens, model.virtual_tokens.num_virtual_tokens
     kwargs, cache_name = named_inputs(model, args, kwargs)
+    ids, labels = kwargs.get("input_ids"), kwargs.get("labels")
     if past_length(kwargs.get(cache_name)):  # a later step of `generate`: the template is cached
+        more = ids is not None and ids.shape[1] > 1 and (ids == virtual.placeholder_id).any()
+        require(not more, "A template cannot go on from a cache; give the whole text at once.")
         return (), kwargs
-    if kwargs.get("inputs_embeds") is not None:
-        raise ValueError("A template is found by its token ids; give input_ids.")
-    ids, labels = kwargs["input_ids"], kwargs.get("labels")
+    require(kwargs.get("inputs_embeds") is None, "A template is found by its ids; give input_ids.")
     holes = ids == virtual.placeholder_id  # (batch, seq)
     if not (holes.sum(1) == n).all():
         raise ValueError(

@@ -68,7 +68,8 @@ def add_p_tuning_v2(
     form  "key_value": n * layers * 2 * kv_heads * head_dim trainable parameters;
           "hidden": n * layers * hidden.
     Both forms start from what the frozen model computes for n random tokens, so they start as the
-    same function. (Hidden states are scaled to mean square 1, which the norm of a block undoes.)
+    same function. (Hidden states are scaled to mean square 1, which the norm of a block undoes;
+    without a norm before attention, as in OLMo-2, the forms start apart.)
     An encoder without a KV cache, such as BERT, gets its keys and values in each attention module
     (technique/attention.py). Trainable parameters, with the head of a classifier, are float32 even
     on a half-precision base (float64 on a float64 base).

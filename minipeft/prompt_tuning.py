@@ -44,7 +44,8 @@ def add_prompt_tuning(
     init                initial vectors (Lester et al. 2021, section 3.2):
                         "text"    the embeddings of `text`, truncated or repeated to n tokens.
                                   Before training, this equals typing the text in front.
-                        "vocab"   the embeddings of n random tokens, except special tokens.
+                        "vocab"   the embeddings of n random tokens, except special tokens
+                                  (the paper: of the 5,000 most common).
                         "random"  normal, with the mean and standard deviation of the embedding
                                   table (the paper: uniform in +-0.5).
     tokenizer           encodes `text` and says which tokens are special; default: `load_base`'s.

@@ -19,7 +19,7 @@ from torch.nn.functional import linear, pad
 from transformers.pytorch_utils import Conv1D
 
 from minipeft.freezing import blocks, freeze
-from minipeft.refusals import Model, refuse_size, require
+from minipeft.refusals import Model, refuse_flag, refuse_size, require
 from minipeft.technique.layers import matrix
 from minipeft.technique.on_model import has_numbers, technique_of
 
@@ -106,8 +106,8 @@ class NF4Linear(nn.Linear):
     """A frozen linear layer with a 4-bit weight: y = x W^T + b, W dequantized at each use.
 
     With `double`, each absmax minus their mean is quantized to 8 bits, in blocks of 256 (QLoRA,
-    section 3, "Double Quantization"). A weight then takes 4 + 8/64 + 32/(64 * 256) = 4.127 bits,
-    otherwise 4 + 32/64 = 4.5.
+    section 3, "Double Quantization", has 8-bit floats; here it is the dynamic code). A weight then
+    takes 4 + 8/64 + 32/(64 * 256) = 4.127 bits, otherwise 4 + 32/64 = 4.5.
     weight: (out, in), floating-point; it is dequantized to the same dtype. bias: (out,) or None.
     """
 
@@ -124,7 +124,7 @@ class NF4Linear(nn.Linear):
         refuse_size("block_size", block_size, "number of weights")
         even = block_size % 2 == 0
         require(even, f"block_size={block_size} must be even: two codes share a byte.")
-        require(isinstance(double, bool), f"double={double!r} must be True or False.")
+        refuse_flag("double", double)
         self.out_features, self.in_features = weight.shape
         self.block_size, self.double_quant, self.dtype = block_size, double, weight.dtype
         codes, absmax = quantize(weight.detach(), table(nf4_code, weight), block_size)

@@ -23,6 +23,9 @@ class AdamW8bit(torch.optim.Optimizer):
 
     Parameters of fewer than 4,096 elements keep float32 moments: they take little memory, and norms
     and biases are sensitive (8-bit Optimizers, section 2.3, says so of embeddings).
+
+    Where the gradients of one block differ by a factor of some thousands, the small v round to zero
+    while their m do not, and these parameters take steps far longer than AdamW's.
     """
 
     def __init__(

@@ -13,7 +13,7 @@
   "template"   vectors in place of placeholder tokens in the text (P-tuning)
 
 All except "template" add n columns to the attention mask and n to the position ids of the text.
-"front" and "hidden" also pad the labels with -100, and remove the outputs at virtual positions.
+"front" and "hidden" also pad the labels with -100, and cut off the logits and hidden states there.
 
 This is done by forward hooks, so the model keeps its Hugging Face class, and `generate`, `Trainer`
 and `deepcopy` work as before.

@@ -165,6 +165,16 @@ def test_a_search_without_end_is_stopped_and_a_diverged_run_is_never_best(eviden
     assert max(run.lr for run in runs if run.seed == 1) < 2e-3
 
 
+def test_a_row_without_a_validation_loss_is_made_again_where_rates_are_searched(evidence):
+    Setting = importlib.import_module("tasks.training").Setting
+    setting = Setting("m", (1e-3, 3e-3, 1e-2), 60)
+    old = [made(evidence.Run("task", "m", 3e-3, seed, 60, 0), "") for seed in (0, 1)]
+    assert len(evidence.missing("task", setting, old)) == 3
+    rows = old + [made(run, abs(run.lr - 3e-3)) for run in evidence.missing("task", setting, old)]
+    assert [run.seed for run in evidence.missing("task", setting, rows)] == [1, 2]
+    assert [run.seed for run in evidence.missing("task", Setting("m", (3e-3,), 60), old)] == [2]
+
+
 def test_one_rate_is_not_searched_and_no_rate_is_run_once(evidence):
     Setting = importlib.import_module("tasks.training").Setting
     runs = search(evidence, Setting("m", (1e-3,), 60), lambda lr: "")

@@ -480,6 +480,16 @@ def test_written_answers_are_those_of_each_prompt_alone(name):
         assert row["labels"] == [-100] * n + alone[n:]
 
 
+def test_what_fills_a_row_that_was_stopped_is_no_answer():
+    model, tokenizer = four_layers()
+    batch = Collator(tokenizer.pad_token_id, "left")([encode(tokenizer, p) for p in PROMPTS])
+    free = [row["labels"][-6:] for row in written_by(model, batch, 6, do_sample=False)]
+    stop = tokenizer.decode(free[0][:1])  # ends the first row at once, and not the others
+    found = written_by(model, batch, 6, do_sample=False, stop_strings=[stop], tokenizer=tokenizer)
+    answers = [[label for label in row["labels"] if label != -100] for row in found]
+    assert answers[0] == free[0][:1] and max(map(len, answers)) > 1
+
+
 @pytest.mark.parametrize("as_dict", [False, True])
 def test_several_answers_to_a_prompt_stand_one_after_another(as_dict):
     model, tokenizer = four_layers()

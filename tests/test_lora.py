@@ -158,6 +158,17 @@ def test_merging_twice_or_training_merged_is_refused():
             call(load_base("tiny", device="cpu")[0])
 
 
+def test_what_was_frozen_before_merging_is_frozen_after_it():
+    model = add_lora(load_base("tiny-llama", device="cpu")[0])
+    for name, p in model.named_parameters():
+        p.requires_grad_(p.requires_grad and "lora_A" not in name)
+    before = [p.requires_grad for p in model.parameters()]
+    merge(model)
+    assert not any(p.requires_grad for p in model.parameters())
+    unmerge(model)
+    assert [p.requires_grad for p in model.parameters()] == before
+
+
 @pytest.mark.parametrize(
     "options,message",
     [

@@ -58,8 +58,9 @@ def test_a_notebook_is_committed_as_a_clean_run(path):
 N = r"([+-]?\d(?:[\d.,]*\d)?)"
 LEAVES = [
     (f"with {N} % of the parameters", "12_distillation", rf"15 blocks: .* {N} %", 1),
-    (rf"above its teacher \({N} to", "12_distillation", rf"labels\+soft\+hidden .*points, {N}", 1),
-    (f"it ends {N} points above", "12_distillation", rf"labels\+soft\+hidden .*: {N} points", 1),
+    (f"it gets {N} % right", "12_distillation", rf"\nfirst 15: 15 trained, \S+: {N} %", 1),
+    (rf"right \({N} to", "12_distillation", rf"\nfirst 15: 15 trained, \S+: \S+ % \({N} to", 1),
+    (f"its teacher {N} with", "12_distillation", f"teacher {N} %; right of 600", 1),
     (rf"a task is {N} MB \(LoRA", "deeper/13_cost", rf"LoRA +\S+ +\S+ +{N}\n", 1e6),
     (rf"or {N} MB \(prefix", "deeper/13_cost", rf"prefix-tuning +\S+ +\S+ +{N}\n", 1e6),
     (rf"\(prefix\), not {N}", "deeper/13_cost", rf"all blocks +106,202,880 +\S+ +{N}", 1e6),

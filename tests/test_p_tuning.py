@@ -133,6 +133,10 @@ def test_rows_that_do_not_fit_the_template_are_refused():
         model(good["input_ids"], labels=good["input_ids"])
     with pytest.raises(ValueError, match="give input_ids"):
         model(inputs_embeds=torch.zeros(1, 5, H, dtype=torch.float64))
+    cache = model(good["input_ids"], use_cache=True).past_key_values
+    model(torch.tensor([[PLACEHOLDER], [20]]), past_key_values=cache)  # may have been generated
+    with pytest.raises(ValueError, match="A template cannot go on from a cache; give the whole"):
+        model(good["input_ids"], past_key_values=cache)
 
 
 def test_a_template_is_saved_as_one(tmp_path):

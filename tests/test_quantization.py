@@ -259,7 +259,7 @@ def marked_as_quantized(model):
         (None, {"block_size": 0}, "block_size=0 is not a number of weights"),
         (None, {"block_size": 64.0}, "block_size=64.0 is not a number of weights"),
         (None, {"block_size": "64"}, "block_size='64' is not a number of weights"),
-        (None, {"double": "no"}, "double='no' must be True or False"),
+        (None, {"double": "no"}, "double='no' is neither True nor False"),
         (add_lora, {}, "Quantize the base first"),
         (lambda m: peft.get_peft_model(m, peft.LoraConfig()), {}, "Quantize the base first"),
         (quantize_base, {}, "no linear layer left"),
@@ -285,7 +285,7 @@ def test_bad_input_is_refused_in_one_sentence(prepare, options, message):
         ({"block_size": 3}, "block_size=3 must be even"),
         ({"block_size": 0}, "block_size=0 is not a number of weights"),
         ({"block_size": 2.0}, "block_size=2.0 is not a number of weights"),
-        ({"double": "no"}, "double='no' must be True or False"),
+        ({"double": "no"}, "double='no' is neither True nor False"),
     ],
 )
 def test_a_layer_of_its_own_is_refused_as_a_model_is(options, message):

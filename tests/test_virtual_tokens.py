@@ -479,3 +479,10 @@ def test_on_cuda(method):
     expected = model(**batch).logits
     found = model.to("cuda")(**{k: v.to("cuda") for k, v in batch.items()}).logits.cpu()
     assert close(found, expected, 1e-4)
+
+
+@pytest.mark.parametrize("method", ["prompt", "mlp", "prefix", "key_value", "hidden"])
+def test_logits_can_be_asked_for_at_places_of_the_text(method):
+    model, ids = tuned("tiny-llama", method), torch.arange(10, 18)[None]
+    places = torch.tensor([2, -1, 6])
+    assert close(model(ids, logits_to_keep=places).logits, model(ids).logits[:, places])

@@ -14,7 +14,7 @@ STEPS = [
     ("Is there memory for all weights,\nand a copy for each task?", "yes",
      "full fine-tuning\nand LoRA: measure both", "full fine-tuning"),
 ]  # fmt: skip
-LAST = ("LoRA on\nall linear layers", "LoRA")
+LAST = ("LoRA on all linear layers", "LoRA")
 UNSURE = "In any case: the untrained base as a floor, three seeds, a searched rate."
 
 
@@ -44,7 +44,7 @@ def decision_tree(highlight: str | None = None) -> None:
         arrow(axis, (8.1, y + 0.85), (10.9, y + 0.85), leaves)
         arrow(axis, (4.3, y), (4.3, y - 1.1))
         axis.text(4.6, y - 0.55, "no" if leaves == "yes" else "yes", va="center", fontsize=8)
-    end(1.0, 2.1, LAST[0], LAST[1])
+    end(1.0, 2.1, LAST[0].replace(" on ", " on\n"), LAST[1])
     axis.text(9, 0.8, UNSURE, ha="center", fontsize=10, style="italic")
     show(figure, alt=_in_words())
 
@@ -54,5 +54,4 @@ def _in_words() -> str:
     steps = [
         f"{question} If {leaves}: {text}.".replace("\n", " ") for question, leaves, text, _ in STEPS
     ]
-    last = LAST[0].replace("\n", " ")
-    return f"Decision tree, read from the top. {' '.join(steps)} Otherwise: {last}. {UNSURE}"
+    return f"Decision tree, read from the top. {' '.join(steps)} Otherwise: {LAST[0]}. {UNSURE}"

@@ -174,7 +174,7 @@ def _left_as_it_was(model):
         with torch.random.fork_rng(gpus):
             yield
     finally:
-        restore(model, before)
+        restore(before)
         vars(model.config).clear()
         vars(model.config).update(config)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from minipeft.refusals import require
+from minipeft.refusals import refuse_flag, require
 
 Method = Callable[[PreTrainedModel], PreTrainedModel]  # such as lambda model: add_lora(model, r=8)
 CHOICES = {
@@ -39,9 +39,7 @@ def check_settings(
     for name, value in chosen.items():
         known = CHOICES[name]
         require(value in known, f"{name}={value!r} is none of {', '.join(known)}.")
-    require(
-        isinstance(checkpointing, bool), f"checkpointing={checkpointing!r} must be True or False."
-    )
+    refuse_flag("checkpointing", checkpointing)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype!r} must be a floating-point type, as torch.float32.")
 

@@ -145,5 +145,8 @@ def extend_labels(model: nn.Module, kwargs: dict[str, Any], n: int, seq: int) ->
         # the largest tensor of the step larger still, are not computed.
         keep = seq + 1
         kwargs["labels"] = pad(labels, (1, 0), value=-100)  # (batch, seq + 1)
-    if not isinstance(kwargs.get("logits_to_keep"), torch.Tensor):
-        kwargs["logits_to_keep"] = min(kwargs.get("logits_to_keep") or keep, keep)
+    asked = kwargs.get("logits_to_keep")
+    if isinstance(asked, torch.Tensor):  # positions of the text, which begins n later now
+        kwargs["logits_to_keep"] = torch.where(asked < 0, asked, asked + n)
+    else:
+        kwargs["logits_to_keep"] = min(asked or keep, keep)

@@ -96,7 +96,7 @@ def put_lora(
     """Freeze the model and replace each of [(name, layer)] by new_layer(name, layer).
 
     Raises ValueError for a tied layer that is not an embedding, and for one whose forward is not
-    that of its kind. An embedding or head with LoRA can afterward not be resized or tied.
+    that of its kind. An embedding or head with LoRA can no longer be resized or tied.
     """
     for name, layer in layers:
         if not isinstance(layer, nn.Embedding):
@@ -131,8 +131,11 @@ def shift_weights(model: Model, merge: bool) -> Model:
     for layer in layers.values():
         layer.shift_weight(1 if merge else -1)
         layer.merged = merge
-        for p in layer.parameters(recurse=False):
-            p.requires_grad_(not merge)
+        own = list(layer.parameters(recurse=False))
+        if merge:
+            layer.trainable = [p.requires_grad for p in own]
+        for p, trainable in zip(own, layer.trainable, strict=True):
+            p.requires_grad_(trainable and not merge)
     return model
 
 

@@ -36,7 +36,7 @@ def adding(model: nn.Module, name: str, again: bool = False) -> Iterator[None]:
         vars(model).update(minipeft=record, save_pretrained=_refuse_to_save)
         record.add(before)
     except BaseException:
-        restore(model, before)
+        restore(before)
         raise
 
 
@@ -75,8 +75,8 @@ def snapshot(model: nn.Module) -> Snapshot:
     return parameters, modules
 
 
-def restore(model: nn.Module, before: Snapshot) -> None:
-    """Put the model back into the state of a snapshot."""
+def restore(before: Snapshot) -> None:
+    """Put a model back into the state of a snapshot."""
     parameters, modules = before
     for module, attributes, containers in modules:
         vars(module).clear()

@@ -76,6 +76,7 @@ class Record:
     technique: str
     changes: list[Entry | Values] = field(default_factory=list)
     trainable: list[tuple[nn.Parameter, bool]] = field(default_factory=list)  # before `add_*`
+    is_off: bool = False  # inside `disabled`
 
     def add(self, before: Snapshot) -> None:
         """Record every difference from a snapshot that is not recorded yet."""
@@ -150,11 +151,20 @@ def disabled(model: Model) -> Iterator[Model]:
         with disabled(model):
             before = model(**batch).logits
 
-    Raises ValueError for a model without a technique, and for merged LoRA.
+    Inside another such block it changes nothing. `model.train()` and `model.eval()` in the block
+    count for the technique too. Raises ValueError for a model without a technique, and for merged
+    LoRA.
     """
-    record = record_of(model)
+    record, training = record_of(model), model.training
+    if record.is_off:
+        yield model
+        return
     record.exchange()
+    record.is_off = True
     try:
         yield model
     finally:
         record.exchange()
+        record.is_off = False
+        if model.training != training:  # the technique's modules were not there to be told
+            model.train(model.training)

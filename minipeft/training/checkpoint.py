@@ -27,6 +27,7 @@ from minipeft.adapter_files.atomic import MARK, discard, whole_folder
 from minipeft.freezing import trainable_parameters
 from minipeft.quantization import NF4Linear
 from minipeft.training.distributed import barrier, broadcast, copy_of, is_main_process, put_back
+from minipeft.training.history import plain
 
 NEEDED = {"model.safetensors", "optimizer.safetensors", "state.json"}
 FILES = NEEDED | {"best.safetensors"}
@@ -155,7 +156,7 @@ def save_checkpoint(
             save_file(moments, scratch / "optimizer.safetensors")
             if best is not None:
                 save_file(best, scratch / "best.safetensors")
-            (scratch / "state.json").write_text(json.dumps(state))
+            (scratch / "state.json").write_text(json.dumps(state, default=plain))
         discard_all_but(folder, root)
     barrier()
 

@@ -47,8 +47,8 @@ def refuse_bad_input(
         repeatable = hasattr(given, "__iter__") and iter(given) is not given
         require(
             repeatable or (given is None and name == "eval_batches"),
-            f"`{name}` can be gone through only once, or not at all, but is begun anew again and "
-            "again. Pass a list, a DataLoader or minipeft's Batches.",
+            f"`{name}` must be iterable more than once: every epoch starts it again. Pass a list, "
+            "a DataLoader or minipeft's Batches.",
         )
     _refuse_parameters(model, groups)
     if call["eval_batches"] is not None:
@@ -95,11 +95,11 @@ def _refuse_precision(model, precision):
         )
         require(
             world_size() == 1,
-            "Loss scaling is not tried on several ranks; take bfloat16 or float32.",
+            "Loss scaling is untested on several ranks; take bfloat16 or float32.",
         )
         require(
             device in ("cpu", "cuda"),
-            f"Loss scaling is not tried on {device}; take bfloat16 or float32.",
+            f"Loss scaling is untested on {device}; take bfloat16 or float32.",
         )
 
 
@@ -116,7 +116,7 @@ def _refuse_compile(call):
     )
     require(
         not how or world_size() == 1,
-        "compile is not tried on several ranks; leave it out.",
+        "compile is untested on several ranks; leave it out.",
     )
     require(
         how != CUDA_GRAPHS or call["accumulation"] == 1,

@@ -46,7 +46,7 @@ def start(timeout: float = 30, device: str | None = None) -> torch.device:
     """Initialize the process group of this `torchrun`. Returns the device of this rank.
 
     timeout: seconds after which a rank stops waiting for another one in a step. While the main
-    process writes files, the others wait for as long as it lives.
+    process writes files, the others wait for up to a day.
     device: "cuda" (NCCL, one CUDA device per rank) or "cpu" (gloo). Default: "cuda" if this machine
     has a device for each of its ranks; NCCL does not let two ranks share one.
     Raises ValueError outside torchrun, and for "cuda" if there are not enough devices.
@@ -158,8 +158,7 @@ def distribute(model: nn.Module, kind: str) -> nn.Module:
             dist.broadcast(tensor, src=0)
     if kind == "fsdp":
         # Without a mesh torch takes the GPU of the machine, also for a model on the CPU.
-        device = next(model.parameters()).device.type
-        mesh = init_device_mesh(device, (world_size(),))
+        mesh = init_device_mesh(place, (world_size(),))
         for block in blocks(model):
             fully_shard(block, mesh=mesh)
         # The rest: embeddings, last norm and head. By default torch leaves the root unsharded after

@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes  # optional at run time
 
 
+def plain(number: Any) -> float:
+    """A number of NumPy as Python's, which JSON can hold."""
+    return number.item()
+
+
 @dataclass
 class History:
     """Losses, learning rates and gradient norms of a run.
@@ -38,7 +43,7 @@ class History:
         return self.eval_step[self.eval_loss.index(lowest)]
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        return json.dumps(asdict(self), default=plain)
 
     @classmethod
     def from_json(cls, text: str) -> "History":

@@ -103,8 +103,8 @@ def train(
     gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
     compile: run training steps through `torch.compile`, or with "reduce-overhead" also record and
     replay CUDA graphs. Losses equal those of False up to rounding, and the model itself stays as it
-    is. The first steps compile, for minutes with a large model; so does a second length of batch,
-    and a graph is recorded for every length, so pad with Collator(multiple_of=32).
+    is. Compiling takes minutes with a large model, and again at a second batch length; each length
+    records its own graph, so pad with Collator(multiple_of=32).
     eval_batches: evaluated every `eval_every` steps and at the end. The model keeps the weights of
     the lowest evaluation loss; without eval_batches, the last weights.
     checkpoint_dir: keeps the newest checkpoint, written every `save_every` steps (default: a tenth
@@ -116,8 +116,8 @@ def train(
     each; every rank takes its own rows, and the main process writes the checkpoints.
 
     Raises ValueError for invalid input or a damaged checkpoint, FloatingPointError if the loss or
-    gradients are not finite, ConnectionError if another rank is lost. On a GPU the loss is read
-    every 10 steps, so that error may come late, but no weight changes from that step on.
+    gradients are not finite, ConnectionError if another rank is lost. The loss is read every 10
+    steps, so the second may come late, but no weight changes from the step it names on.
     """
     call = dict(locals())
     refuse_no_model(model)

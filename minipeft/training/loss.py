@@ -152,10 +152,11 @@ def refuse_no_targets(batch: dict[str, torch.Tensor], number: int, model: nn.Mod
             raise ValueError(f"Batch {number} has no {key}, only {sorted(batch)}.")
     if kind in (CAUSAL, "masked language model", "token classification"):
         labels, ids = batch["labels"], batch.get("input_ids", batch["labels"])
-        if labels.dim() != 2 or labels.shape != ids.shape or labels.is_floating_point():
+        if labels.dim() != 2 or labels.shape != ids.shape or labels.dtype != torch.int64:
             raise ValueError(
                 f"Batch {number} has labels {tuple(labels.shape)} of {labels.dtype}; "
-                f"{type(model).__name__}, a {kind}, wants token ids like input_ids, (batch, seq)."
+                f"{type(model).__name__}, a {kind}, wants token ids like input_ids, int64 (batch, "
+                "seq)."
             )
     if not count_targets(batch, model):
         where = "every label after the first" if kind == CAUSAL else "every label"
@@ -172,7 +173,7 @@ def _refuse_row_labels(labels, number, model):
         several = "multi_label" if labels.is_floating_point() else "single_label"
         problem = "regression" if count == 1 else f"{several}_classification"
     if problem == "single_label_classification":
-        fits = labels.dim() == 1 and labels.dtype in (torch.int64, torch.int32)
+        fits = labels.dim() == 1 and labels.dtype == torch.int64
         wanted = "class numbers, int64 (batch,)"
     elif problem == "regression" and count == 1:
         fits = labels.is_floating_point() and labels.shape in ((len(labels),), (len(labels), 1))

@@ -96,7 +96,7 @@ def begin_or_resume(
         folder = _newest(call["checkpoint_dir"], call["resume"], settings, save_at)
     if folder:
         return _resumed(folder, settings, model, batches, stepper)
-    random.seed(call["seed"])
+    random.seed(int(call["seed"]))  # it refuses NumPy's integers
     numpy.random.seed(call["seed"])
     torch.manual_seed(call["seed"])
     return Progress(settings)

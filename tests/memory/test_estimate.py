@@ -369,7 +369,7 @@ def test_the_report_prints_and_plots():
         ({"method": "lora"}, "method='lora' must be a function"),
         ({"method": lambda model: None}, "`method` returned a NoneType; it must return the model"),
         ({"batch": "4"}, "batch='4' must be a whole number"),
-        ({"checkpointing": "yes"}, "checkpointing='yes' must be True or False"),
+        ({"checkpointing": "yes"}, "checkpointing='yes' is neither True nor False"),
         ({"dtype": "bfloat16"}, "dtype='bfloat16' must be a floating-point type"),
         ({"dtype": torch.int64}, "dtype=torch.int64 must be a floating-point type"),
         ({"device": "tpu"}, "device='tpu' is none of cpu, cuda"),

@@ -78,6 +78,20 @@ def test_disabled_it_answers_as_the_base_and_then_as_tuned(method):
     assert traces(model) == during
 
 
+def test_disabled_twice_is_disabled_once_and_the_mode_reaches_the_technique():
+    model, base, _ = tuned("tiny-llama", "lora")
+    after = model(IDS).logits
+    with disabled(model):
+        with disabled(model):
+            assert torch.equal(model(IDS).logits, base)
+        assert torch.equal(model(IDS).logits, base)
+    assert torch.equal(model(IDS).logits, after)
+    model.train()
+    with disabled(model):
+        model.eval()
+    assert not any(module.training for module in model.modules())
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_copy_comes_off_alone(method):
     model, base, _ = tuned("tiny-llama", method)

@@ -237,6 +237,8 @@ BAD = [
     ("llama", {"labels": torch.tensor([0, 1, 2])}, r"labels \(3,\) of torch.int64; LlamaForCaus"),
     ("llama", {"labels": torch.ones(3, 7).long()}, r"labels \(3, 7\)"),
     ("llama", {"labels": torch.zeros(3, 8)}, "of torch.float32"),
+    ("llama", {"labels": torch.ones(3, 8).int()}, r"of torch.int32; .* int64 \(batch, seq\)"),
+    ("bert classes", {"labels": torch.tensor([0, 1, 2]).int()}, "wants class numbers, int64"),
     ("llama", {"labels": torch.full((3, 8), 40)}, "A label is 40, but the model tells apart 0"),
     ("llama", {"labels": torch.full((3, 8), -1)}, "A label is -1"),
     ("bert masked", {"labels": torch.full((3, 8), -100)}, "no target token: every label is -100"),
