@@ -978,8 +978,9 @@ def test_every_task_has_a_report_or_a_sentence(tasks, monkeypatch, tmp_path):
     for task in tasks.TASKS:
         if task in stored:
             _, text = report.report(task)
-            methods = {row["method"] for row in rows_of(RESULTS) if row["task"] == task}
-            names = lines_of(text)
+            rows = [row for row in rows_of(RESULTS) if row["task"] == task]
+            rows = [row for row in rows if '"teacher":' in row["details"]] or rows
+            methods, names = {row["method"] for row in rows}, lines_of(text)
             assert all(any(name.startswith(method) for name in names) for method in methods)
         else:
             monkeypatch.setattr(sys, "argv", ["report.py", task, "--out", str(tmp_path)])
