@@ -64,9 +64,12 @@ def valid_loss(row):
 def missing(task, setting, rows):
     """The runs of a setting that can be made now, and are not among the rows of this device."""
     method, rates, steps, examples, seeds = setting
+    search = len(rates) > 1
     of_seed = {seed: {} for seed in seeds}  # {seed: {rate: row}}
     for row in rows:
         run = run_of(row)
+        if search and not row["valid_loss"]:  # one of the first rows; the search makes it again
+            continue
         if run[:2] + run[4:] == (task, method, steps, examples) and run.seed in of_seed:
             of_seed[run.seed][run.lr] = row
     runs = [Run(task, method, lr, seeds[0], steps, examples) for lr in rates]
@@ -74,21 +77,16 @@ def missing(task, setting, rows):
         runs = [Run(task, method, 0.0, seeds[0], steps, examples)]
         return [run for run in runs if run.lr not in of_seed[run.seed]]
     tried = of_seed[seeds[0]]
-    search = len(rates) > 1
-    first = [r for r in runs if r.lr not in tried or (search and not tried[r.lr]["valid_loss"])]
+    first = [run for run in runs if run.lr not in tried]
     if first:
         return first
     best = rates[0]
     if search:
-        tried = {lr: row for lr, row in tried.items() if row["valid_loss"]}
         best = min(tried, key=lambda lr: valid_loss(tried[lr]))
         if len(tried) < MOST_RATES and best in (min(tried), max(tried)):
             lr = further(best, up=best == max(tried))
             return [Run(task, method, lr, seeds[0], steps, examples)]
-    made = {s for s in seeds if best in of_seed[s]}
-    if search:  # the first rows have no validation loss; a search makes them again
-        made = {s for s in made if of_seed[s][best]["valid_loss"]}
-    return [Run(task, method, best, s, steps, examples) for s in seeds if s not in made]
+    return [Run(task, method, best, s, steps, examples) for s in seeds if best not in of_seed[s]]
 
 
 def further(lr, up):

@@ -213,9 +213,9 @@ def written_by(model: PreTrainedModel, prompts: Mapping[str, torch.Tensor],
                ) -> list[dict[str, list[int]]]:  # fmt: skip
     """Generate answers to a batch of prompts. Returns rows to train on, with the answers as labels.
 
-    prompts: input_ids and attention_mask (batch, seq), left-padded. `options`
-    go to `generate`, such as do_sample=True. The rows have input_ids and labels, unpadded, for a
-    Collator. An answer cut off at max_new_tokens has no EOS.
+    prompts: input_ids and attention_mask (batch, seq), left-padded. `options` go to `generate`,
+    such as num_return_sequences=2. The rows have input_ids and labels, unpadded, for a Collator. An
+    answer cut off at max_new_tokens has no EOS.
     With the teacher this is sequence-level distillation (Kim and Rush 2016, section 3.2).
     """
     refuse_no_model(model)
