@@ -118,19 +118,21 @@ def complete(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Iterable[Prompt],
     max_new_tokens: int = 20,
+    batch_size: int = 32,
     **options: Any,
 ) -> list[str]:
     """Continue each prompt, without sampling unless `options` (of `generate`) ask for it.
 
-    Prompts are texts or chats, as in `encode`. They form one batch, padded on the left (notebook
-    01), with position_ids from `generate`. If the model does not take position_ids, such as Bloom,
-    a batch holds only prompts of equal length.
+    Prompts are texts or chats, as in `encode`. A batch is padded on the left (notebook 01), with
+    position_ids from `generate`. If the model does not take position_ids, such as Bloom, a batch
+    holds only prompts of equal length.
     Returns the new text of each, without special tokens.
     Raises ValueError if a prompt is empty, and for a model that is not a causal language model or
     does not number its positions as `generate` does.
     """
     prompt_list = _list_of(prompts, model, "complete")
     refuse_size("max_new_tokens", max_new_tokens, "number of tokens")
+    refuse_size("batch_size", batch_size, "number of prompts")
     if not prompt_list:
         return []
     rows = [encode(tokenizer, prompt)["input_ids"] for prompt in prompt_list]
@@ -143,9 +145,10 @@ def complete(
     with evaluating(model):
         if _takes(model, "position_ids"):
             _refuse_other_positions(model, torch.tensor([min(rows, key=len)], device=device))
-            batches = [list(range(len(rows)))]
+            count = len(rows)
+            batches = [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
         else:
-            batches = list(_by_length(rows, len(rows)))
+            batches = list(_by_length(rows, batch_size))
         for indices in batches:
             ids, mask = _left_padded(tokenizer, [prompt_list[i] for i in indices], device)
             out = generate(

@@ -167,6 +167,7 @@ BAD = [  # (function, arguments with which it works, {argument: what it must not
             "tokenizer": ANYTHING.filter(lambda v: not callable(v)),
             "prompts": ANYTHING.filter(lambda v: v not in ([],)) | st.sampled_from([[""], [None]]),
             "max_new_tokens": whole(1),
+            "batch_size": whole(1),
         },
     ),
     (

@@ -182,7 +182,15 @@ def test_complete_batched_equals_one_by_one(name):
         out = model.generate(**encoded, max_new_tokens=8, do_sample=False)
         new = out[0, encoded["input_ids"].shape[1] :]
         truth.append(tokenizer.decode(new, skip_special_tokens=True))
-    assert complete(model, tokenizer, PROMPTS, max_new_tokens=8) == truth
+    seen = []
+    model.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    for size in (2, len(PROMPTS), 32):
+        assert complete(model, tokenizer, PROMPTS, 8, size) == truth
+        most = 1 if name == "tiny-bloom" else min(size, len(PROMPTS))  # no two are equally long
+        assert max(seen) == most
+        seen.clear()
 
 
 def test_complete_without_prompts(tiny):

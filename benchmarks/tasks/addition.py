@@ -43,7 +43,7 @@ def run(method, lr, seed, steps, examples):
     row = fit(model, tokenizer, training, lr=lr, seed=seed, steps=steps, batch=BATCH, groups=groups)
     row |= {"valid_loss": loss_on(model, tokenizer, rows["validation"])}
     prompts = [one["prompt"] for one in rows["test"]]
-    written = complete(model, tokenizer, prompts, max_new_tokens=8)
+    written = complete(model, tokenizer, prompts, max_new_tokens=8, batch_size=500)
     wanted = [one["answer"].strip() for one in rows["test"]]
     right = [text.strip() == answer for text, answer in zip(written, wanted, strict=True)]
     return row | marked(torch.tensor(right))

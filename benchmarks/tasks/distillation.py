@@ -174,7 +174,8 @@ def answers(task, model, tokenizer):
     rows = splits_of(task)["test"]
     if task == "distillation":
         return classify(model, tokenizer, rows["prompt"]).tolist()
-    written = complete(model, tokenizer, [row["prompt"] for row in rows], max_new_tokens=8)
+    prompts = [row["prompt"] for row in rows]
+    written = complete(model, tokenizer, prompts, max_new_tokens=8, batch_size=500)
     return [text.strip() for text in written]
 
 
