@@ -138,7 +138,7 @@ class Mock:
             weak = chapter in lessons and points < 0.75 * parts
             again = f"[{chapter}]({lessons[chapter]})" if weak else ""
             name = names.get(chapter, chapter)
-            lines.append(f"| {name} | {points:.1f} / {parts} | {again} |")
+            lines.append(f"| {name} | {points:.2f} / {parts} | {again} |")
         waiting = [str(i) for i, part in enumerate(self.parts, start=1) if part.share is None]
         lines += ["", words[3].format(words[4].join(waiting) or "-", len(repetition.due()))]
         return "\n".join(lines)
