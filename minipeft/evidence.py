@@ -19,7 +19,7 @@ from minipeft.refusals import require, shown
 
 
 def runs_of(path: str | Path, task: str, device: str | None = None) -> list[dict]:
-    """The runs of one task in a file of benchmarks/evidence.py: a list of dicts.
+    """The runs of one task in a file of benchmarks/evidence.py, by seed: a list of dicts.
 
     Numbers are numbers; `answers` is a float tensor (rows,) of 1 for right and 0 for wrong;
     `curve` is {step: training loss}; what stands in `details` becomes a key of its own.
@@ -48,7 +48,7 @@ def runs_of(path: str | Path, task: str, device: str | None = None) -> list[dict
             stacklevel=2,
         )
         rows = [row for row in rows if row.get("teacher") == teachers[0][0]]
-    return rows
+    return sorted(rows, key=lambda row: row["seed"])  # workers end in any order
 
 
 def _parsed(row):

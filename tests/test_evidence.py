@@ -193,6 +193,14 @@ def test_runs_are_read_as_what_they_are(tmp_path):
     assert run["loss"] == 3.5 and run["steps"] == 20 and run["seconds"] is None
 
 
+def test_runs_come_by_seed_in_whatever_order_workers_ended(tmp_path):
+    rows = [{"seed": seed, "method": method} for seed in "201" for method in "ba"]
+    runs = runs_of(stored(tmp_path / "runs.csv", *rows), "t")
+    assert [(run["seed"], run["method"]) for run in runs] == [
+        (seed, method) for seed in range(3) for method in "ba"
+    ]
+
+
 def test_runs_of_two_devices_never_come_together(tmp_path):
     path = stored(tmp_path / "runs.csv", {"seed": "0"}, {"seed": "1"}, {"device": "gpu"})
     assert [run["device"] for run in runs_of(path, "t")] == ["cpu", "cpu"]
