@@ -273,6 +273,7 @@ def answer_loss(answer):
         [[none, none, 3, 4, 2], [none, 6, 2, none, none]],
         [[none, 1, 0, none], [none, none, none, 0], [none, 2, none, none]],  # 0 is a token
         [[none, none, none], [none, 5, 4]],  # a row without a target
+        [[3, 1, 2], [4, none, 5]],  # first labels, which nothing predicts
     ):
         labels = torch.tensor(labels)
         logits = torch.randn(*labels.shape, 11, dtype=torch.float64, requires_grad=True)
@@ -280,7 +281,7 @@ def answer_loss(answer):
         try:
             loss = answer(logits, labels)
         except ValueError as error:
-            if len(labels) == 2 and (labels[0] == none).all():
+            if (labels[0] == none).all():
                 raise Mistake(
                     "One of two rows has no target, and you raise a ValueError. The other row has "
                     "targets."
@@ -356,6 +357,9 @@ def _explain_loss(loss, logits, labels):
         "This is the exponential of the mean, a perplexity.": [right.exp()],
         "Only the first row is looked at.": [_mean(before[:1], after[:1])],
         "The loss is negative: its sign is wrong.": [-right],
+        "The last position of a row is asked for the first token of the next row.": [
+            cross_entropy(logits.flatten(0, 1)[:-1], labels.flatten()[1:])
+        ],
     }  # fmt: skip
     for message, values in known.items():
         if any(torch.allclose(loss, value, rtol=1e-5) for value in values):

@@ -316,7 +316,7 @@ def places(answer):
     ):
         asked = f"In {name}, with {', '.join(names)},"
         try:
-            got = list(answer(model, names))
+            got = answer(model, names)
         except ValueError as error:
             if names == ("lm_head",):
                 raise Mistake("A module whose whole name is lm_head is not found.") from error
@@ -326,6 +326,8 @@ def places(answer):
                 f"{asked} there is a ValueError although all fit: {error} Which class are the "
                 "projections of?"
             ) from error
+        if not isinstance(got, list):
+            raise Mistake(f"Return a list of dotted names, not a {type(got).__name__}.")
         if got and not all(isinstance(each, str) for each in got):
             raise Mistake(f"Return dotted names; there is a {type(got[0]).__name__} among them.")
         if len(set(got)) < len(got):
@@ -343,7 +345,7 @@ def places(answer):
         (("c_proj", "o_proj"), "Only the first ending is tested for fitting a module."),
     ):  # fmt: skip
         try:
-            list(answer(gpt2, names))
+            answer(gpt2, names)
         except ValueError:
             continue
         raise Mistake(why)

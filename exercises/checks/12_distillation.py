@@ -359,11 +359,19 @@ def _unpredicted(answer):
         def mix(parts, alpha=alpha):
             return (alpha * parts[0] + (1 - alpha) * parts[1]).item()
 
+        given = _TEXTS.clone()
+        found = _number(answer(s, t, given, alpha, T))
+        _unchanged([(given, _TEXTS)], "labels")
         _compare(
-            _number(answer(s, t, _TEXTS.clone(), alpha, T)), mix(_parts(s, t, _TEXTS, T)),
+            found, mix(_parts(s, t, _TEXTS, T)),
             {what: mix(parts) for what, parts in known},
             f"On three texts without a prompt, alpha={alpha}",
         )  # fmt: skip
+    beside = torch.tensor([[2, 1, 3, 4], [-100] * 4])
+    what = "With a row without a target beside one that has some, the loss"
+    found, right = _number(answer(s[:2], t[:2], beside, 0.6, T), what), _parts(s, t, beside, T)
+    if not _near(found, (0.6 * right[0] + 0.4 * right[1]).item()):
+        raise Mistake(f"{what} is not that of the targets there are.")
 
 
 def _deep(kind="llama", blocks=4, tied=True):

@@ -8,21 +8,21 @@ _ROLES = {"system": 7, "user": 8, "assistant": 9}
 _TEXTS = {"Hi": [1], "How are you?": [2, 3, 4], "Fine": [5], "Be brief": [6, 2], "Why?": [4, 4]}
 
 
-def _conversation(turns, end):
+def _conversation(turns, end, roles):
     calls = []
 
     def encode(text):
         calls.append(text)
         return list(_TEXTS[text])
 
-    return (turns, encode, _ROLES, end), calls
+    return (turns, encode, roles, end), calls
 
 
-def _row(turns, end, trains):
+def _row(turns, end, roles, trains):
     """Ids and labels; `trains` says which ids (role, last turn?, kind) are targets."""
     ids, labels = [], []
     for i, (role, text) in enumerate(turns):
-        kinds = [("role", _ROLES[role]), *(("text", t) for t in _TEXTS[text]), ("end", end)]
+        kinds = [("role", roles[role]), *(("text", t) for t in _TEXTS[text]), ("end", end)]
         ids += [token for _, token in kinds]
         last = i == len(turns) - 1
         labels += [token if trains(role, last, kind) else -100 for kind, token in kinds]
@@ -40,22 +40,40 @@ def chat_row(answer):
                 ("assistant", "How are you?"),
             ],
             0,
+            _ROLES,
         ),
-        ([("system", "Be brief"), ("assistant", "Hi"), ("user", "Hi"), ("assistant", "Hi")], 11),
+        (
+            [("system", "Be brief"), ("assistant", "Hi"), ("user", "Hi"), ("assistant", "Hi")],
+            11,
+            _ROLES,
+        ),
+        # One id begins every turn, and the texts hold the ids of a beginning and of an end.
+        (
+            [
+                ("user", "Be brief"),
+                ("assistant", "Be brief"),
+                ("user", "Fine"),
+                ("assistant", "Fine"),
+            ],
+            2,
+            {"user": 5, "assistant": 5},
+        ),
     ]
-    for turns, end in talks:
-        arguments, _ = _conversation(turns, end)
-        before = dict(_ROLES), list(turns)
+    for turns, end, roles in talks:
+        arguments, _ = _conversation(turns, end, roles)
+        before = dict(roles), list(turns)
         got = answer(*arguments)
-        if (dict(_ROLES), list(turns)) != before:
+        if (dict(roles), list(turns)) != before:
             raise Mistake("The turns or role ids that were passed in have been changed.")
         if not isinstance(got, (tuple, list)) or len(got) != 2:
             raise Mistake("Return two things, the input ids and the labels.")
         ids, labels = got
         if isinstance(ids, torch.Tensor) or isinstance(labels, torch.Tensor):
             raise Mistake("Return lists; batches are made of them later.")
-        ids, labels = list(ids), list(labels)
-        right_ids, right = _row(turns, end, lambda role, last, kind: (
+        if not isinstance(ids, list) or not isinstance(labels, list):
+            kinds = f"a {type(ids).__name__} and a {type(labels).__name__}"
+            raise Mistake(f"The ids and labels should be two lists, not {kinds}.")
+        right_ids, right = _row(turns, end, roles, lambda role, last, kind: (
             role == "assistant" and kind != "role"))  # fmt: skip
         if ids != right_ids:
             without = [token for token in right_ids if token != end]
@@ -63,35 +81,37 @@ def chat_row(answer):
                 raise Mistake("The turns do not end: the id that ends a turn stands nowhere.")
             if ids == right_ids[:-1]:
                 raise Mistake("The last turn does not end.")
-            if ids == [token for token in right_ids if token not in _ROLES.values()]:
+            if ids == [token for token in right_ids if token not in roles.values()]:
                 raise Mistake("No turn says whose it is: the ids of the roles are missing.")
             raise Mistake(f"The input ids are {ids}; for {turns} they should be {right_ids}.")
         if len(labels) != len(ids):
             raise Mistake(f"There are {len(labels)} labels for {len(ids)} ids; a label per id.")
-        _explain_labels(turns, end, labels, right)
+        _explain_labels(turns, end, roles, labels, right)
 
 
-def _explain_labels(turns, end, labels, right):
+def _explain_labels(turns, end, roles, labels, right):
     if labels == right:
         return
     known = {
         "The labels are shifted already. The model does that itself, so these would be off by one.":
             [*right[1:], -100],
         "All turns are trained, the user's too.":
-            _row(turns, end, lambda role, last, kind: kind != "role")[1],
-        "Nothing is masked: every id is a target.": _row(turns, end, lambda *_: True)[1],
+            _row(turns, end, roles, lambda role, last, kind: kind != "role")[1],
+        "Nothing is masked: every id is a target.": _row(turns, end, roles, lambda *_: True)[1],
         "Only the last turn of the assistant is trained; each of its turns should be.":
-            _row(turns, end, lambda role, last, kind:
+            _row(turns, end, roles, lambda role, last, kind:
                  last and role == "assistant" and kind != "role")[1],
         "The end of the assistant's turns is not a target, so the model never learns to stop.":
-            _row(turns, end, lambda role, last, kind: role == "assistant" and kind == "text")[1],
+            _row(turns, end, roles, lambda role, last, kind:
+                 role == "assistant" and kind == "text")[1],
         "The role of the assistant is a target, but the program writes it, not the model.":
-            _row(turns, end, lambda role, last, kind: role == "assistant")[1],
+            _row(turns, end, roles, lambda role, last, kind: role == "assistant")[1],
         "The end of every turn is a target; those of the other roles should not be.":
-            _row(turns, end, lambda role, last, kind:
+            _row(turns, end, roles, lambda role, last, kind:
                  kind == "end" or role == "assistant" and kind == "text")[1],
         "The users' turns are trained and the assistant's are masked: it is the other way around.":
-            _row(turns, end, lambda role, last, kind: role != "assistant" and kind != "role")[1],
+            _row(turns, end, roles, lambda role, last, kind:
+                 role != "assistant" and kind != "role")[1],
     }  # fmt: skip
     for told, row in known.items():
         if labels == row:
@@ -99,7 +119,12 @@ def _explain_labels(turns, end, labels, right):
     zeros = [0 if label == -100 else label for label in right]
     if labels == zeros:
         raise Mistake("What is not a target has the label 0, which is a token; it should be -100.")
-    if labels.count(end) > sum(role == "assistant" for role, _ in turns):
+    if len(set(roles.values())) < len(roles):
+        raise Mistake(
+            "Here one id begins every turn, and texts hold it and the id of the end. What is a "
+            "target is known from the turn and cannot be looked for in the ids."
+        )
+    if labels.count(end) > right.count(end):
         raise Mistake("More ends of turns are targets than the assistant has turns.")
     raise Mistake(
         f"The labels are {labels}. In {turns} the assistant's texts and the ends of its turns are "
@@ -195,6 +220,7 @@ def _sent(sent, N, n):
 _PACKED = [
     [([5, 6, 7], [5, -100, 7]), ([8, 9], [8, 9])],
     [([4, 4], [-100, 4]), ([3, 9, 2, 6], [-100, 9, -100, 6]), ([7, 8, 5], [7, 8, 5])],
+    [([5, 6], [5, 6]), ([5, 6], [5, 6])],
 ]
 
 
@@ -226,7 +252,7 @@ def pack(answer):
             raise Mistake("The ids are not those of the texts one after another.")
         _labels(labels[0].tolist(), rows)
         _positions(positions[0].tolist(), lengths)
-        _mask(mask, lengths)
+        _mask(mask, lengths, equal=rows[0] == rows[1])
 
 
 def _labels(labels, rows):
@@ -259,7 +285,7 @@ def _positions(positions, lengths):
         raise Mistake(f"The positions are {positions} for texts of {lengths} tokens.")
 
 
-def _mask(mask, lengths):
+def _mask(mask, lengths, equal):
     total = sum(lengths)
     if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
         raise Mistake("The mask is not boolean; other numbers would be added to the scores.")
@@ -273,6 +299,10 @@ def _mask(mask, lengths):
     if torch.equal(mask, right.T):
         raise Mistake("The mask is transposed: rows of the matrix are the tokens that look.")
     if torch.equal(mask, _mask_of(lengths, apart=False)):
+        if equal:
+            raise Mistake(
+                "Two texts that are equal are taken for one, so the second sees the first."
+            )
         raise Mistake("A token sees the texts before its own.")
     if torch.equal(mask, _mask_of(lengths, causal=False)):
         raise Mistake("A token sees what comes after it in its text.")

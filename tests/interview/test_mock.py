@@ -51,7 +51,7 @@ def test_each_kind_is_graded_right_and_wrong(capsys, cards):
     assert interview.code(code, lambda *args: None) is False
     assert "Not yet right:" in capsys.readouterr().out
     report = interview.report()
-    assert "| drills | 0.0 / 1 |" in report and "Not graded yet" in report
+    assert "| drills | 0.00 / 1 |" in report and "Not graded yet" in report
     (card,) = json.loads(cards.read_text()).items()
     assert card[0] == interview.parts[question - 1].id and card[1]["box"] == 0  # grades count once
     assert interview.reveal(code) == f"`solutions/{interview.parts[code - 1].item.exercise}.ipynb`"

@@ -73,6 +73,25 @@ def answer_loss(logits, labels):
         raise ValueError("no target")
     return cross_entropy(logits.float().transpose(1, 2), labels)
 """),
+    ("encode_pair", """
+def encode_pair(tokenizer, prompt, answer):
+    def encode(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    front = encode(prompt)
+    if tokenizer(prompt)["input_ids"][:1] == [tokenizer.bos_token_id]:
+        front = [tokenizer.bos_token_id] + front
+    back = encode(answer) + [tokenizer.eos_token_id]
+    return {"input_ids": front + back, "labels": [-100] * len(front) + back}
+"""),
+    ("encode_pair", """
+def encode_pair(tokenizer, prompt, answer):
+    front, back = tokenizer(prompt)["input_ids"], tokenizer(answer)["input_ids"]
+    if back[0] == tokenizer.bos_token_id:
+        back = back[1:]
+    back = back + [tokenizer.eos_token_id]
+    return {"input_ids": front + back, "labels": [-100] * len(front) + back}
+"""),
     ("answer_loss", """
 def answer_loss(logits, labels):
     losses = []

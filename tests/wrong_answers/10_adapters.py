@@ -538,4 +538,5 @@ WRONG = [
                       "    optimizer = torch.optim.AdamW(trained, lr=lr)\n"
                       "    optimizer.step = lambda: None\n    return model, optimizer"),
      "as it was"),
+    ("places", _edit(_PLACES, "    return found", "    return set(found)"), "Return a list"),
 ]  # fmt: skip

@@ -31,6 +31,24 @@ def distillation_loss(student_logits, teacher_logits, labels, alpha=0.5, tempera
     return alpha * hard + (1 - alpha) * soft
 """
 
+# Row by row: the mean of no target is NaN, and NaN times zero is NaN.
+_BY_ROW = """
+from torch.nn.functional import cross_entropy, kl_div
+
+def distillation_loss(student_logits, teacher_logits, labels, alpha=0.5, temperature=2.0):
+    total, count, T = 0.0, 0, temperature
+    for s, t, y in zip(student_logits.float(), teacher_logits.detach().float(), labels):
+        s, t, y = s[:-1], t[:-1], y[1:]
+        keep = y != -100
+        n = int(keep.sum())
+        hard = cross_entropy(s[keep], y[keep])
+        inputs, targets = (s[keep] / T).log_softmax(-1), (t[keep] / T).softmax(-1)
+        soft = kl_div(inputs, targets, reduction="none").sum(-1).mean() * T**2
+        total = total + n * (alpha * hard + (1 - alpha) * soft)
+        count += n
+    return total / count
+"""
+
 # A model built from a new config and filled, where the solution cuts a copy.
 _STUDENT = """
 import copy
@@ -676,4 +694,5 @@ WRONG = [
     ("distil_step", _edit(_STEP, "targets, batch, alpha, temp", "targets, batch, 1 - alpha, temp"),
      "The loss returned: alpha goes"),
     ("distil_step", _edit(_STEP, "loss.item()", "round(loss.item(), 2)"), "it is rounded"),
+    ("distillation_loss", _BY_ROW, "With a row without a target"),
 ]  # fmt: skip

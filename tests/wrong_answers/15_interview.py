@@ -282,4 +282,33 @@ def ring_all_reduce(vectors):
         ),
         "rows that were passed in",
     ),
+    # Two equal texts, taken for one.
+    (
+        "pack",
+        _edit(
+            _PACK,
+            "torch.full((len(row),), k) for k, (row, _) in enumerate(rows)",
+            "torch.full((len(pair[0]),), rows.index(pair)) for pair in rows",
+        ),
+        "equal are taken for one",
+    ),
+    ("chat_row", _edit(_CHAT, "return ids, labels", "return tuple(ids), labels"), "two lists, not"),
+    # What is a target is guessed from the ids.
+    (
+        "chat_row",
+        """
+def chat_row(turns, encode, role_ids, end_id):
+    ids, labels, on = [], [], False
+    for role, text in turns:
+        ids += [role_ids[role], *encode(text), end_id]
+    for i in ids:
+        labels.append(i if on else -100)
+        if i == role_ids["assistant"]:
+            on = True
+        if i == end_id:
+            on = False
+    return ids, labels
+""",
+        "cannot be looked for in the ids",
+    ),
 ]
