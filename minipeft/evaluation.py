@@ -145,8 +145,8 @@ def complete(
     with evaluating(model):
         if _takes(model, "position_ids"):
             _refuse_other_positions(model, torch.tensor([min(rows, key=len)], device=device))
-            count = len(rows)
-            batches = [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
+            every = range(len(rows))
+            batches = [every[i : i + batch_size] for i in every[::batch_size]]
         else:
             batches = list(_by_length(rows, batch_size))
         for indices in batches:

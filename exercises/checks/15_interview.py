@@ -8,16 +8,6 @@ _ROLES = {"system": 7, "user": 8, "assistant": 9}
 _TEXTS = {"Hi": [1], "How are you?": [2, 3, 4], "Fine": [5], "Be brief": [6, 2], "Why?": [4, 4]}
 
 
-def _conversation(turns, end, roles):
-    calls = []
-
-    def encode(text):
-        calls.append(text)
-        return list(_TEXTS[text])
-
-    return (turns, encode, roles, end), calls
-
-
 def _row(turns, end, roles, trains):
     """Ids and labels; `trains` says which ids (role, last turn?, kind) are targets."""
     ids, labels = [], []
@@ -60,9 +50,8 @@ def chat_row(answer):
         ),
     ]
     for turns, end, roles in talks:
-        arguments, _ = _conversation(turns, end, roles)
         before = dict(roles), list(turns)
-        got = answer(*arguments)
+        got = answer(turns, lambda text: list(_TEXTS[text]), roles, end)
         if (dict(roles), list(turns)) != before:
             raise Mistake("The turns or role ids that were passed in have been changed.")
         if not isinstance(got, (tuple, list)) or len(got) != 2:
@@ -92,29 +81,30 @@ def chat_row(answer):
 def _explain_labels(turns, end, roles, labels, right):
     if labels == right:
         return
+
+    def row(trains):
+        return _row(turns, end, roles, trains)[1]
+
     known = {
         "The labels are shifted already. The model does that itself, so these would be off by one.":
             [*right[1:], -100],
         "All turns are trained, the user's too.":
-            _row(turns, end, roles, lambda role, last, kind: kind != "role")[1],
-        "Nothing is masked: every id is a target.": _row(turns, end, roles, lambda *_: True)[1],
+            row(lambda role, last, kind: kind != "role"),
+        "Nothing is masked: every id is a target.": row(lambda *_: True),
         "Only the last turn of the assistant is trained; each of its turns should be.":
-            _row(turns, end, roles, lambda role, last, kind:
-                 last and role == "assistant" and kind != "role")[1],
+            row(lambda role, last, kind: last and role == "assistant" and kind != "role"),
         "The end of the assistant's turns is not a target, so the model never learns to stop.":
-            _row(turns, end, roles, lambda role, last, kind:
-                 role == "assistant" and kind == "text")[1],
+            row(lambda role, last, kind: role == "assistant" and kind == "text"),
         "The role of the assistant is a target, but the program writes it, not the model.":
-            _row(turns, end, roles, lambda role, last, kind: role == "assistant")[1],
+            row(lambda role, last, kind: role == "assistant"),
         "The end of every turn is a target; those of the other roles should not be.":
-            _row(turns, end, roles, lambda role, last, kind:
-                 kind == "end" or role == "assistant" and kind == "text")[1],
+            row(lambda role, last, kind:
+                kind == "end" or role == "assistant" and kind == "text"),
         "The users' turns are trained and the assistant's are masked: it is the other way around.":
-            _row(turns, end, roles, lambda role, last, kind:
-                 role != "assistant" and kind != "role")[1],
+            row(lambda role, last, kind: role != "assistant" and kind != "role"),
     }  # fmt: skip
-    for told, row in known.items():
-        if labels == row:
+    for told, wrong in known.items():
+        if labels == wrong:
             raise Mistake(told)
     zeros = [0 if label == -100 else label for label in right]
     if labels == zeros:
